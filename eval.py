@@ -1,0 +1,185 @@
+"""Evaluation: greedy answers on held-out samples, scored by the parser and the overlap that the reward uses.
+
+`python eval.py --model M --data F --image_root D` runs on all GPUs and writes one JSON: a summary and a row per sample.
+train.py and sft.py call `evaluate` on the model in training, so a number in their logs is the number this prints.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import ProcessorMixin
+from transformers.hf_argparser import HfArg
+
+import toy
+from data import BadSample, Sample, check_samples, read_samples, template_text
+from parallel import World, all_gather, gathered, launch, process_group, shard_model
+from rewards import first_box, iou, load_reward
+from rollout import sample_completions
+from run import RunConfig, RunLog, compute_dtype, parse_options
+from vlm import MAX_PIXELS, banned_token_ids, build_prompt, eos_token_ids, load_model, to_image_box
+
+TASKS = ("rec", "text")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = HfArg(default=str(toy.MODEL), help="hub name or directory of the model; the toy's start by default")
+    data: list[str] = HfArg(default_factory=list, help="data files, VLM-R1's evaluation JSON or training JSONL")
+    image_root: list[str] = HfArg(default_factory=list, help="image directory of each data file, or one for all")
+    task: str = HfArg(default="rec", help="rec: one box per answer; text: the mean of --reward")
+    reward: str = HfArg(default="default", help="reward of task text, where the data names none")
+    template: str = HfArg(default="rec", help="prompt template, a name of data.TEMPLATES or a text with {question}")
+    limit: int = HfArg(default=0, help="evaluate this many samples, drawn with --seed; 0 for all")
+    seed: int = HfArg(default=42, help="seed of that draw; 42 and limit 2000 are VLM-R1's protocol")
+    max_completion_tokens: int = HfArg(default=256, help="tokens of an answer at most")
+    max_pixels: int = HfArg(default=MAX_PIXELS, help="pixels of an image at most; the same as in training")
+    min_pixels: int = HfArg(default=3136, help="pixels of an image at least")
+    batch_size: int = HfArg(default=32, help="answers decoded together per process")
+    dtype: str = HfArg(default="auto", help="compute in bf16 or fp32; auto is bf16 on a GPU")
+    output: str = HfArg(default="", help="write summary and rows to this JSON file")
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task {self.task!r} is unknown: one of {', '.join(TASKS)}")
+        load_reward(self.reward)
+        if not self.data:
+            raise ValueError("data is empty: name at least one file to evaluate on")
+        if len(self.image_root) not in (1, len(self.data)):
+            raise ValueError(
+                f"{len(self.image_root)} image_root for {len(self.data)} data files: give one for all or one each"
+            )
+        template_text(self.template)
+
+
+def greedy_rows(
+    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], world: World, *,
+    template: str, max_completion_tokens: int, batch_size: int, reward: str = "iou",
+) -> list[dict]:  # fmt: skip
+    """A row per sample with its greedy answer, in the order of the samples; every rank answers its share.
+
+    A row holds what a reader wants to see: the truth and the box answered in pixels of the original image, the overlap
+    (in the model's space, where the two axes are scaled but the overlap is the same) or the reward, the text.
+    """
+    family, tokenizer = model.config.model_type, processor.tokenizer
+    eos, banned = eos_token_ids(model, processor), banned_token_ids(model, processor)
+    mine = list(enumerate(samples))[world.rank :: world.size]
+    rows = []
+    with gathered(model):
+        starts = range(0, len(mine), batch_size)
+        for start in tqdm(starts, "evaluating", delay=5, leave=False, disable=not world.first):
+            prompts = {}
+            for number, sample in mine[start : start + batch_size]:
+                try:
+                    prompts[number] = build_prompt(processor, sample, family=family, template=template)
+                except BadSample as error:
+                    rows.append({"index": number, "id": sample.id, "bad_sample": str(error)})
+            if not prompts:
+                continue
+            inputs = [prompt.inputs for prompt in prompts.values()]
+            answers = sample_completions(model, inputs, 1, max_new_tokens=max_completion_tokens, eos_ids=eos,
+                                         temperature=0, banned_ids=banned)  # fmt: skip
+            for (number, prompt), [ids] in zip(prompts.items(), answers, strict=True):
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                row = {"index": number, "id": prompt.sample.id, "question": prompt.sample.question,
+                       "images": prompt.sample.images, "answer": prompt.sample.answer, "completion": text,
+                       "truncated": int(ids[-1]) not in eos}  # fmt: skip
+                name = prompt.sample.reward or reward
+                if name in ("iou", "giou"):
+                    box = first_box(text)
+                    row["box"] = box and to_image_box(box, prompt.image_size, prompt.input_size, family)
+                    row["iou"] = iou(box, json.loads(prompt.answer)) if box else 0.0
+                else:
+                    row["reward"] = load_reward(name)(text, prompt.answer)
+                rows.append(row)
+    return sorted(all_gather(rows, world), key=lambda row: row["index"])
+
+
+def summarize(rows: Sequence[dict]) -> dict[str, float]:
+    """The figures of a task: accuracy at IoU 0.5 and 0.75, mean IoU, or the mean reward; with what went wrong beside."""
+    good = [row for row in rows if "bad_sample" not in row]
+    if not good:
+        raise ValueError(
+            f"none of {len(rows)} samples could be read; the first: {rows[0]['bad_sample'] if rows else 'none'}"
+        )
+    summary = {"samples": len(good), "bad_samples": len(rows) - len(good)}
+    if "iou" in good[0]:
+        overlaps = np.array([row["iou"] for row in good])
+        low, high = bootstrap_interval(overlaps > 0.5)
+        summary |= {"accuracy": float((overlaps > 0.5).mean()), "accuracy_low": low, "accuracy_high": high,
+                    "accuracy_75": float((overlaps > 0.75).mean()), "mean_iou": float(overlaps.mean()),
+                    "unparsed": float(np.mean([row["box"] is None for row in good]))}  # fmt: skip
+    else:
+        values = np.array([row["reward"] for row in good])
+        low, high = bootstrap_interval(values)
+        summary |= {"reward": float(values.mean()), "reward_low": low, "reward_high": high}
+    return summary | {"truncated": float(np.mean([row["truncated"] for row in good]))}
+
+
+def evaluate_sets(
+    model: nn.Module, processor: ProcessorMixin, eval_sets: dict[str, list[Sample]], step: int, config: RunConfig,
+    world: World, log: RunLog, *, reward: str,
+) -> float | None:  # fmt: skip
+    """Evaluates a model in training on each set, prints and logs the figures; the first set's headline comes back."""
+    score = None
+    for name, samples in eval_sets.items():
+        rows = greedy_rows(
+            model, processor, samples, world, template=config.template, max_completion_tokens=config.max_completion_tokens,
+            batch_size=config.eval_batch_size, reward=reward,
+        )  # fmt: skip
+        summary = summarize(rows)
+        score = summary[headline(summary)] if score is None else score
+        log.write("eval.jsonl", step, {f"eval/{name}/{key}": value for key, value in summary.items()})
+        log.say(f"step {step}, {name}: " + "  ".join(f"{key} {value:.3f}" for key, value in summary.items()))
+    return score
+
+
+def headline(summary: dict[str, float]) -> str:
+    """The name of the figure that says how good a model is: it decides which checkpoint is the best."""
+    return "mean_iou" if "mean_iou" in summary else "reward"
+
+
+def bootstrap_interval(values: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95% interval of the mean over samples, by resampling them."""
+    draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
+    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def main(config: Config) -> None:
+    dtype = compute_dtype(config.dtype)
+    samples = []
+    for number, path in enumerate(config.data):
+        root = config.image_root[number % len(config.image_root)]
+        samples += read_samples(path, root, has_boxes=config.task == "rec")
+    if config.limit:
+        random.Random(config.seed).shuffle(samples)
+        samples = samples[: config.limit]
+    with process_group(bf16=dtype == torch.bfloat16) as world:
+        check_samples(samples, progress=world.first)
+        model, processor = load_model(
+            config.model, max_pixels=config.max_pixels, min_pixels=config.min_pixels, dtype=dtype
+        )
+        model = shard_model(model, world, compute_dtype=dtype, trained=False)
+        rows = greedy_rows(
+            model, processor, samples, world, template=config.template, batch_size=config.batch_size,
+            max_completion_tokens=config.max_completion_tokens, reward="iou" if config.task == "rec" else config.reward,
+        )  # fmt: skip
+        if world.first:
+            summary = summarize(rows)
+            print(json.dumps(summary, indent=1))
+            if config.output:
+                Path(config.output).write_text(
+                    json.dumps({"summary": summary, "rows": rows}, indent=1), encoding="utf-8"
+                )
+
+
+if __name__ == "__main__":
+    launch(main, parse_options(Config, sys.argv[1:], toy.PRESETS["eval"]))

@@ -1,0 +1,196 @@
+"""The algorithm as functions of tensors: advantages, loss, and log-probs without a [tokens, vocabulary] tensor.
+
+Nothing here knows models, text, files or processes: each function lifts out with `import torch` alone.
+The loss takes its denominators as arguments, so the losses of micro-batches and ranks add up to the loss of the whole
+optimizer step; nobody has to know how the step was cut.
+
+Shapes: N completions in the batch given, C tokens of the longest completion, H hidden size, V vocabulary, T tokens.
+"""
+
+import torch
+from torch import Tensor
+
+# A log-ratio beyond this is no longer a policy update: exp(20) is 5e8, and fp32 overflows at 88.
+MAX_LOG_RATIO = 20.0
+# Logits held at once by `linear_logprobs`, in elements: 128 MB in fp32, 220 rows at a vocabulary of 152k.
+CHUNK_LOGITS = 2**25
+VARIANTS = ("grpo", "dapo", "dr_grpo", "gspo")
+
+
+def group_advantages(
+    rewards: Tensor,  # [N] total reward of each completion, the group_size completions of a prompt side by side
+    group_size: int,
+    *,
+    scale: bool = True,
+    eps: float = 1e-4,
+) -> Tensor:
+    """Advantage of each completion within its group, [N]: (reward - mean) / (standard deviation + eps).
+
+    The deviation is the unbiased one and eps is 1e-4, as in VLM-R1. `scale=False` leaves out the division (Dr. GRPO).
+    """
+    if group_size < 2:
+        raise ValueError(f"group_size {group_size}: an advantage compares completions, so a group needs at least 2")
+    if rewards.ndim != 1 or rewards.numel() % group_size:
+        raise ValueError(f"rewards of shape {list(rewards.shape)} do not divide into groups of {group_size}")
+    groups = rewards.view(-1, group_size)
+    advantages = groups - groups.mean(1, keepdim=True)
+    if scale:
+        advantages = advantages / (groups.std(1, keepdim=True) + eps)
+    # Rounding leaves 1e-8 in the mean of equal rewards; the difference is noise, not preference, so it is exactly zero.
+    equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
+    return torch.where(equal, torch.zeros_like(advantages), advantages).view(-1)
+
+
+def k3_divergence(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Estimate of KL(policy || reference) per token, >= 0 and unbiased (http://joschu.net/blog/kl-approx.html)."""
+    difference = (ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return difference.exp() - difference - 1
+
+
+def grpo_loss(
+    logprobs: Tensor,  # [N, C] under the policy being trained
+    old_logprobs: Tensor,  # [N, C] under the policy that drew the completions; logprobs.detach() on the first pass
+    ref_logprobs: Tensor | None,  # [N, C] under the reference; None when beta is 0
+    advantages: Tensor,  # [N]
+    mask: Tensor,  # [N, C] bool, True on the completion's tokens, its end token included
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    beta: float = 0.04,
+    variant: str = "grpo",
+    num_completions: int | Tensor | None = None,
+    num_tokens: int | Tensor | None = None,
+    max_completion_tokens: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped, KL-penalised loss of this micro-batch, and its figures; both add up over micro-batches and ranks.
+
+    num_completions and num_tokens are those of the whole optimizer step, by default those of the batch given.
+    variant: "grpo" averages over each completion's tokens, then over completions (VLM-R1); "dapo" over all tokens;
+    "dr_grpo" divides the sum by num_completions * max_completion_tokens; "gspo" has one ratio per completion.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is unknown: choose one of {', '.join(VARIANTS)}")
+    if (ref_logprobs is None) != (beta == 0):
+        raise ValueError(f"beta is {beta} and ref_logprobs is {'None' if ref_logprobs is None else 'given'}: a penalty "
+                         "needs both, no penalty neither")  # fmt: skip
+    assert logprobs.shape == old_logprobs.shape == mask.shape and advantages.shape == mask.shape[:1]
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]; an empty completion adds nothing, and no 0 / 0
+    num_completions = len(mask) if num_completions is None else num_completions
+    num_tokens = lengths.sum() if num_tokens is None else num_tokens
+
+    # What stands in the padding must not matter, not even NaN: zero the difference there before anything else.
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # [N, C]
+    if variant == "gspo":  # the mean log-ratio of the completion, on each of its tokens (arXiv 2507.18071, eq. 7)
+        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(log_ratio)
+    ratio = log_ratio.exp()
+    advantage = advantages[:, None]
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    token_loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    kl = torch.zeros_like(token_loss)
+    if ref_logprobs is not None:
+        kl = k3_divergence(torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0))
+        token_loss = token_loss + beta * kl
+
+    if variant == "dapo":  # arXiv 2503.14476: a token weighs the same in a long completion as in a short one
+        weights = mask / num_tokens
+    elif variant == "dr_grpo":  # arXiv 2503.20783: a constant, so that no length is favoured
+        if max_completion_tokens is None:
+            raise ValueError(
+                'variant "dr_grpo" divides by max_completion_tokens, which is None: pass the limit drawn to'
+            )
+        weights = mask / (num_completions * max_completion_tokens)
+    else:
+        weights = mask / (lengths * num_completions)
+    loss = (token_loss * weights).sum()
+
+    def token_mean(values: Tensor) -> Tensor:
+        return (torch.where(mask, values, 0.0).sum() / num_tokens).detach()
+
+    # VLM-R1 logs the opposite of a clip fraction (tokens whose unclipped term was chosen); these are the clipped ones.
+    figures = {
+        "kl": token_mean(kl),
+        "clip_low": token_mean(((ratio < 1 - clip_low) & (advantage < 0)).to(ratio.dtype)),
+        "clip_high": token_mean(((ratio > 1 + clip_high) & (advantage > 0)).to(ratio.dtype)),
+    }
+    return loss, figures
+
+
+def linear_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits [T, V] of hidden states [T, H] under a head [V, H], in fp32 or better.
+
+    A bf16 logit near 20 is rounded to 0.125, which moves a ratio by several percent; the inputs may be bf16, the sum not.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if hidden.is_cuda and hidden.dtype != dtype:
+        return torch.mm(hidden, weight.t(), out_dtype=dtype)  # bf16 in, fp32 out, in one kernel
+    return hidden.to(dtype) @ weight.to(dtype).t()
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Keeps the inputs and two numbers per token; the backward pass computes each chunk's logits a second time."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, ids, banned, temperature, chunk):
+        ctx.set_materialize_grads(False)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs, entropies, normalizers = (hidden.new_empty(len(ids), dtype=dtype) for _ in range(3))
+        for start in range(0, len(ids), chunk):
+            part = slice(start, start + chunk)
+            logits = _masked_logits(hidden[part], weight, banned, temperature)
+            normalizers[part] = logits.logsumexp(1)
+            logprobs[part] = logits.gather(1, ids[part, None])[:, 0] - normalizers[part]
+            probs = (logits - normalizers[part, None]).exp_()
+            entropies[part] = normalizers[part] - probs.mul_(logits).sum(1)
+        ctx.save_for_backward(hidden, weight, ids, banned, normalizers, entropies)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropies):
+        hidden, weight, ids, banned, normalizers, entropies = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(ids), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            logits = _masked_logits(hidden[part], weight, banned, ctx.temperature)
+            log_p = logits.sub_(normalizers[part, None])
+            grad = torch.zeros_like(log_p)
+            if grad_logprobs is not None:  # d logp(id) / d logit_v = [v is id] - p_v
+                grad -= log_p.exp() * grad_logprobs[part, None]
+                grad.scatter_add_(1, ids[part, None], grad_logprobs[part, None])
+            if grad_entropies is not None:  # d entropy / d logit_v = -p_v (log p_v + entropy)
+                grad -= log_p.exp() * (log_p + entropies[part, None]) * grad_entropies[part, None]
+            grad = grad.div_(ctx.temperature).to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.t(), hidden[part])
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _masked_logits(hidden: Tensor, weight: Tensor, banned: Tensor, temperature: float) -> Tensor:
+    logits = linear_logits(hidden, weight).div_(temperature)
+    return logits.index_fill_(1, banned, -1e30)  # finite: its probability is exactly 0, and 0 * -1e30 is not NaN
+
+
+def linear_logprobs(
+    hidden: Tensor,  # [T, H] the states that predict the tokens
+    weight: Tensor,  # [V, H] the output embedding
+    ids: Tensor,  # [T] the tokens predicted
+    *,
+    temperature: float = 1.0,
+    banned_ids: tuple[int, ...] | list[int] = (),
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the tokens, each [T] in fp32, from at most `chunk` rows of logits at a time.
+
+    Both are differentiable. `banned_ids` have probability 0, as in sampling. At 2,000 tokens and 152k entries the usual
+    log_softmax keeps three [T, V] tensors, 3.5 GB; here the peak is two chunks and the gradient of the weight.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature {temperature}: log-probs need a distribution, so it must be above 0")
+    if len(hidden) != len(ids):
+        raise ValueError(f"{len(hidden)} hidden states cannot predict {len(ids)} tokens")
+    chunk = chunk or max(1, CHUNK_LOGITS // len(weight))
+    banned = torch.as_tensor(banned_ids, dtype=torch.long, device=ids.device)
+    return _LinearLogprobs.apply(hidden, weight, ids, banned, temperature, chunk)

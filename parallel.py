@@ -1,0 +1,311 @@
+"""Processes, sharding and checkpoints: everything that knows how many ranks there are.
+
+One process per GPU, started here or by torchrun. FSDP2 shards each decoder layer, each vision block and the root; masters
+stay fp32 while bf16 computes, since at a learning rate of 1e-6 bf16 weights lose their updates. The CPU in fp32 runs the
+same code without sharding. Left out: tensor, context and pipeline parallelism, CPU offload.
+
+A checkpoint is a Hugging Face directory (the weights as they computed) plus the training state: per rank one safetensors
+file with its rows of the fp32 masters and of the optimizer's moments, and one JSON. Nothing in it is unpickled, and any
+number of ranks can read it, because a shard is a range of rows.
+"""
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers.utils import cached_file
+
+from rollout import next_logits, row_logprobs
+from vlm import DECODER_LAYERS, family_of, trainable
+
+# What else a Hugging Face directory of a VLM may hold; copied as it is, so that other engines find what they expect.
+SIDE_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "chat_template.json", "chat_template.jinja", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None  # None where nothing is sharded
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------
+
+
+def launch(main: Callable, *arguments: object) -> None:
+    """Runs main(*arguments) in one process per visible GPU; as it is under torchrun, with one GPU or none."""
+    count = torch.cuda.device_count()
+    if "RANK" in os.environ or count < 2:
+        return main(*arguments)
+    with socket.socket() as probe:  # a port that is free now
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_worker, (count, port, main, arguments), nprocs=count)  # an error in one process ends them all
+
+
+def _worker(rank: int, count: int, port: int, main: Callable, arguments: tuple) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+    main(*arguments)
+
+
+@contextmanager
+def process_group(*, bf16: bool, shard_within_node: bool = False) -> Iterator[World]:
+    """This process's place among all; joins the group torchrun or `launch` describes and leaves it at the end.
+
+    `shard_within_node` shards among the GPUs of a node and replicates across nodes (HSDP): less traffic between nodes
+    for more memory. A single process gets a group of its own where bf16 computes, since FSDP2 does the casting.
+    """
+    cuda = torch.cuda.is_available()
+    backend = "nccl" if cuda else "gloo"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    elif bf16:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if not dist.is_initialized():
+        yield World(0, 1, device, None)
+        return
+    size = dist.get_world_size()
+    if shard_within_node:
+        per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+        mesh = init_device_mesh(device.type, (size // per_node, per_node), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    try:
+        yield World(dist.get_rank(), size, device, mesh if size > 1 or bf16 else None)
+    finally:
+        dist.destroy_process_group()
+
+
+def all_sum(values: dict[str, float], world: World, *, largest: bool = False) -> dict[str, float]:
+    """The values added over ranks, or the largest of each."""
+    if world.size == 1:
+        return values
+    tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=world.device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    return dict(zip(values, tensor.tolist(), strict=True))
+
+
+def all_gather(rows: list, world: World) -> list:
+    """The rows of every rank, in the order of ranks."""
+    if world.size == 1:
+        return rows
+    gathered_rows = [None] * world.size
+    dist.all_gather_object(gathered_rows, rows)
+    return [row for part in gathered_rows for row in part]
+
+
+def barrier(world: World) -> None:
+    """Waits for every rank."""
+    if world.size > 1:
+        dist.barrier()
+
+
+# ---- sharding ------------------------------------------------------------------------------------------------------
+
+
+def shard_model(model: nn.Module, world: World, *, compute_dtype: torch.dtype, trained: bool = True) -> nn.Module:
+    """The model on its device, sharded over the mesh, computing in compute_dtype; `trained=False` for a reference."""
+    if world.mesh is None:
+        return model.to(world.device)
+    options = {
+        "mesh": world.mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+    }
+    blocks = model.get_submodule(family_of(model.config.model_type).vision_blocks)
+    for block in [*model.get_submodule(DECODER_LAYERS), *blocks]:
+        fully_shard(block, **options)
+    # The root holds the embeddings and the head, tied or not, and all between the blocks. It stays gathered from its
+    # forward to its backward; a reference has no backward to free it again.
+    fully_shard(model, reshard_after_forward=not trained, **options)
+    for function in (row_logprobs, next_logits):
+        setattr(model, function.__name__, MethodType(function, model))
+        register_fsdp_forward_method(model, function.__name__)
+    return model.to(world.device)  # buffers, which FSDP leaves where they are
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Within, every rank holds the whole model in its compute dtype: no collective runs, so ranks may differ in length."""
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.reshard()
+
+
+def gradient_scale(world: World) -> float:
+    """What a rank's part of the loss is multiplied by: FSDP averages gradients over ranks, our losses add up."""
+    return float(world.size)
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
+    """Scales all gradients down to max_norm together; returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    directory: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict, world: World, *,
+    source: str, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Writes a Hugging Face directory plus training state beside `directory`, then renames: it is whole or not there.
+
+    `source` is where the model came from (tokenizer and processor files are copied), `state` goes into trainer.json.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    if world.first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier(world)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = model.state_dict() if world.mesh is None else get_model_state_dict(model, options=options)
+    if world.first:
+        weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+        model.save_pretrained(partial, state_dict=weights)  # not safetensors by hand: it maps names back to the hub's
+        copy_side_files(source, partial)
+        (partial / "trainer.json").write_text(json.dumps({**state, "num_shards": _num_shards(world)}, indent=1))
+    if _shard_index(world) is not None:
+        save_file(_training_tensors(model, optimizers), partial / f"state-{_shard_index(world):05d}.safetensors")
+    barrier(world)
+    if world.first:
+        _sync_files(partial)
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    barrier(world)
+
+
+def copy_side_files(source: str, directory: Path) -> None:
+    """Copies tokenizer, processor and chat template files of a local or hub checkpoint."""
+    for name in SIDE_FILES:
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False,
+                           _raise_exceptions_for_connection_errors=False)  # fmt: skip
+        if path is not None:
+            shutil.copyfile(path, directory / name)
+
+
+def load_training_state(
+    directory: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], world: World
+) -> dict:
+    """Puts masters and moments of a checkpoint back in place, whatever number of ranks wrote it; returns its JSON."""
+    path = directory / "trainer.json"
+    if not path.is_file():
+        raise ValueError(f"{directory}: no training state (trainer.json); resume from a directory of OUT/checkpoints")
+    state = json.loads(path.read_text())
+    files = [safe_open(directory / f"state-{shard:05d}.safetensors", "pt") for shard in range(state["num_shards"])]
+    names = set(files[0].keys())
+    with torch.no_grad():
+        for name, parameter in trainable(model):
+            _local(parameter).copy_(_read_rows(files, f"master.{name}", parameter, world))
+            for optimizer in optimizers:
+                for key in [key for key in names if key.startswith("moment.") and key.endswith(f":{name}")]:
+                    _restore_moment(optimizer, parameter, key, files, world)
+    return state
+
+
+def _restore_moment(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str, files: list, world: World
+) -> None:
+    if not any(parameter is other for group in optimizer.param_groups for other in group["params"]):
+        return
+    kind = key.removeprefix("moment.").split(":")[0]
+    if not files[0].get_slice(key).get_shape():  # a count of steps, the same on every rank
+        optimizer.state[parameter][kind] = files[0].get_tensor(key)
+        return
+    moment = torch.zeros_like(parameter)
+    _local(moment).copy_(_read_rows(files, key, parameter, world))
+    optimizer.state[parameter][kind] = moment
+
+
+def _training_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, parameter in trainable(model):
+        tensors[f"master.{name}"] = _local(parameter)
+        for optimizer in optimizers:
+            for kind, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"moment.{kind}:{name}"] = _local(value)
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _read_rows(files: list, key: str, parameter: nn.Parameter, world: World) -> Tensor:
+    """This rank's rows of a tensor that was cut into len(files) ranges of rows."""
+    rows = parameter.shape[0]
+    start, stop = _row_range(
+        rows, _num_shards(world), 0 if world.mesh is None else world.mesh["shard"].get_local_rank()
+    )
+    parts = []
+    for shard, file in enumerate(files):
+        first, end = _row_range(rows, len(files), shard)
+        low, high = max(first, start), min(end, stop)
+        if low < high:
+            parts.append(file.get_slice(key)[low - first : high - first])
+    if not parts:  # fewer rows than ranks: this one holds none
+        return _local(parameter)
+    return torch.cat(parts)
+
+
+def _row_range(rows: int, shards: int, shard: int) -> tuple[int, int]:
+    """Rows of a shard as FSDP2 cuts them (torch.chunk): equal parts, rounded up, the last ones shorter or empty."""
+    size = -(-rows // shards)
+    return min(shard * size, rows), min((shard + 1) * size, rows)
+
+
+def _num_shards(world: World) -> int:
+    return 1 if world.mesh is None else world.mesh["shard"].size()
+
+
+def _shard_index(world: World) -> int | None:
+    """The number of the state file this rank writes; with HSDP only the first replica writes."""
+    if world.mesh is None:
+        return 0
+    if world.mesh.ndim == 2 and world.mesh["replicate"].get_local_rank() > 0:
+        return None
+    return world.mesh["shard"].get_local_rank()
+
+
+def _sync_files(directory: Path) -> None:
+    """Waits until the files are on the disk, so that the rename cannot come before what it names."""
+    for path in directory.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())

@@ -1,0 +1,382 @@
+"""The two regimes of a group: `sample_completions` draws it, `completion_logprobs` scores it.
+
+Both read each prompt once. Scoring lays a group out in one packed row, [prompt | c1 | ... | cG]: every completion sees
+the prompt and itself, and its positions go on from the prompt's, so images and question enter the model once instead of
+G times and nothing is padded. Drawing runs the same row without completions (`prefill`), cuts the cache at the prompts'
+borders, repeats it G times and decodes all completions together (`decode`), dropping rows as they finish.
+
+Sampling is by hand, not `generate`'s: a checkpoint's generation_config (top_k, repetition penalty, a near-greedy
+temperature) would leak into it, and log-probs must be those of the distribution drawn from.
+Left out: beams, stop strings, continuous batching.
+
+Shapes: B prompts, G completions per prompt, P prompt tokens, C completion tokens, S tokens of a packed row,
+R sequences being decoded, V vocabulary, A position axes (3 in Qwen's and GLM's rotary embedding, 1 elsewhere).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+
+from grpo import linear_logits, linear_logprobs
+
+PREFILL_TOKENS = 4096  # prompts prefilled in one row; its mask and activations are what this bounds
+# Of a prompt's tensors, these describe its tokens and are rebuilt for a row; all others (pixels, grids) are joined.
+TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    inputs: dict[str, Tensor]  # the model's forward arguments: input_ids [1, S], mask, positions, pixels
+    spans: list[tuple[int, int]]  # of each prompt, its first token and the one after its last
+    next_positions: Tensor  # [A, B] position of the first token after each prompt
+    predictors: Tensor  # [T] index in the row of the state that predicts each completion token
+    targets: Tensor  # [T] those tokens: prompt by prompt, completion by completion
+
+
+def pack_row(model: nn.Module, prompts: Sequence[dict], completions: Sequence[Sequence[Tensor]]) -> PackedRow:
+    """Lays prompts and their completions out in one row that a plain causal model scores correctly."""
+    device = next(model.parameters()).device
+    ids, positions, group, part, spans, nexts, predictors, targets = [], [], [], [], [], [], [], []
+    start = 0  # of the segment being added
+    for number, (prompt, answers) in enumerate(zip(prompts, completions, strict=True)):
+        prompt_ids = prompt["input_ids"][0].to(device)
+        prompt_positions = token_positions(model, prompt).to(device)  # [A, P]
+        # max + 1, not P: image tokens share positions, so an image-heavy prompt ends at a position far below P.
+        next_position = prompt_positions.max() + 1
+        spans.append((start, start + len(prompt_ids)))
+        nexts.append(next_position.expand(len(prompt_positions)))
+        last = start + len(prompt_ids) - 1
+        segments = [(prompt_ids, prompt_positions)]
+        for answer in answers:
+            steps = next_position + torch.arange(len(answer), device=device)
+            segments.append((answer.to(device), steps.expand(len(prompt_positions), -1)))
+        for piece, (piece_ids, piece_positions) in enumerate(segments):
+            ids.append(piece_ids)
+            positions.append(piece_positions)
+            group.append(torch.full_like(piece_ids, number))
+            part.append(torch.full_like(piece_ids, piece))
+            if piece:  # the first token is predicted by the prompt's last state, the others by the one before them
+                before = torch.arange(start - 1, start + len(piece_ids) - 1, device=device)
+                before[:1] = last
+                predictors.append(before)
+                targets.append(piece_ids)
+            start += len(piece_ids)
+    nothing = torch.empty(0, dtype=torch.long, device=device)
+    inputs = {
+        "input_ids": torch.cat(ids)[None],
+        "position_ids": model_positions(torch.cat(positions, 1)[:, None]),
+        "attention_mask": segment_mask(torch.cat(group), torch.cat(part)) if len(ids) > 1 else None,
+        **joined_features(prompts, device),
+    }
+    return PackedRow(
+        inputs, spans, torch.stack(nexts, 1), torch.cat([nothing, *predictors]), torch.cat([nothing, *targets])
+    )
+
+
+def segment_mask(
+    group: Tensor, part: Tensor
+) -> Tensor:  # [S] number of the prompt, [S] 0 in it and 1..G in its completions
+    """[1, 1, S, S] bool, True where a query (row) sees a key: its own prompt and its own completion, up to itself."""
+    same_group = group[:, None] == group[None, :]
+    visible = (part[None, :] == 0) | (part[:, None] == part[None, :])
+    return (same_group & visible).tril()[None, None]
+
+
+def token_positions(model: nn.Module, prompt: dict) -> Tensor:
+    """Positions [A, P] of a prompt's tokens, images laid out in the plane where the family does so."""
+    ids, grid, types = prompt["input_ids"], prompt.get("image_grid_thw"), prompt.get("mm_token_type_ids")
+    if not hasattr(model.model, "get_rope_index"):
+        return torch.arange(ids.shape[1])[None]
+    if types is None:
+        if grid is not None:  # transformers would fall back to 1-D positions in silence: off by 0.1 in the logits
+            raise ValueError(
+                "a prompt with image_grid_thw lacks mm_token_type_ids: pass all that the processor returned"
+            )
+        types = torch.zeros_like(ids)
+    return model.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grid)[0][:, 0]
+
+
+def model_positions(positions: Tensor) -> Tensor:
+    """Positions [A, R, S] as the model's forward takes them: [3, R, S], or [R, S] where there is one axis."""
+    return positions if len(positions) > 1 else positions[0]
+
+
+def joined_features(prompts: Sequence[dict], device: torch.device) -> dict[str, Tensor]:
+    """Pixels, grids and the like of all prompts, joined in the order of their images in the row."""
+    keys = dict.fromkeys(key for prompt in prompts for key in prompt if key not in TOKEN_KEYS)
+    return {key: torch.cat([prompt[key] for prompt in prompts if key in prompt]).to(device) for key in keys}
+
+
+# ---- the two ways through the model --------------------------------------------------------------------------------
+# Both are root forwards: FSDP gathers and frees parameters around the module it wraps, and a call past it would find
+# shards. `parallel.shard_model` registers them as methods; on a bare model they are called as they stand here.
+
+
+def row_logprobs(
+    model: nn.Module, inputs: dict, predictors: Tensor, targets: Tensor, **options
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [T] of a packed row's completion tokens."""
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state[0]
+    return linear_logprobs(hidden[predictors], model.get_output_embeddings().weight, targets, **options)
+
+
+def next_logits(model: nn.Module, inputs: dict, last: Tensor, cache: DynamicCache) -> Tensor:
+    """fp32 logits of the tokens that follow the given places of the flattened input; extends the cache."""
+    hidden = model.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state.flatten(0, 1)
+    return linear_logits(hidden[last], model.get_output_embeddings().weight)
+
+
+def root_forward(model: nn.Module, function):
+    """The function as a forward of this model: the registered method where it is sharded."""
+    return getattr(model, function.__name__) if isinstance(model, FSDPModule) else partial(function, model)
+
+
+def require_mask_support(model: nn.Module) -> None:
+    """Refuses attention kernels that read the row's boolean mask wrongly, or not at all."""
+    kernel = model.config.get_text_config()._attn_implementation
+    if kernel != "sdpa":  # eager adds True as +1, flash ignores a 4-D mask: wrong numbers, no error
+        raise ValueError(f'attn_implementation is "{kernel}": packed rows need "sdpa"; pass it to from_pretrained')
+
+
+# ---- scoring -------------------------------------------------------------------------------------------------------
+
+
+def completion_logprobs(
+    model: nn.Module,
+    prompts: Sequence[dict],
+    completions: Sequence[Sequence[Tensor]],
+    *,
+    temperature: float = 1.0,
+    banned_ids: Sequence[int] = (),
+    return_entropies: bool = False,
+) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
+    """Log-probs of each prompt's completions, [G, C] right-padded with zeros, differentiable, in one packed row.
+
+    The prompts may be few (a micro-batch, see `plan_rows`): everything given is one forward. With `return_entropies`
+    a second list of the same shapes follows.
+    """
+    require_mask_support(model)
+    row = pack_row(model, prompts, completions)
+    options = {"temperature": temperature, "banned_ids": tuple(banned_ids)}
+    logprobs, entropies = root_forward(model, row_logprobs)(row.inputs, row.predictors, row.targets, **options)
+    lengths = [[len(answer) for answer in answers] for answers in completions]
+    logprobs, entropies = unpack(logprobs, lengths), unpack(entropies, lengths)
+    return (logprobs, entropies) if return_entropies else logprobs
+
+
+def unpack(values: Tensor, lengths: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Values [T] of a row's completion tokens as one right-padded [G, C] per prompt."""
+    pieces = iter(values.split([length for group in lengths for length in group]))
+    empty = values[:0].view(0, 0)  # of a prompt without completions; a view, so that the graph goes on through it
+    return [pad_sequence([next(pieces) for _ in g], batch_first=True) if g else empty for g in lengths]
+
+
+def stack_groups(groups: Sequence[Tensor]) -> Tensor:
+    """One right-padded [N, C] of the groups' [G, C]."""
+    longest = max(group.shape[1] for group in groups)
+    return torch.cat([F.pad(group, (0, longest - group.shape[1])) for group in groups])
+
+
+def plan_rows(
+    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], row_tokens: int
+) -> list[list[tuple[int, list[int]]]]:
+    """Cuts groups into rows of at most row_tokens: per row, (prompt, its completions in the row).
+
+    The longest groups are placed first, each into the first row with room, so rows fill. A group longer than a row is
+    split and its prompt repeated; one prompt with one completion is a row however long it is.
+    """
+    pieces = []  # (tokens, prompt, completions)
+    for number, (prompt_length, lengths) in enumerate(zip(prompt_lengths, completion_lengths, strict=True)):
+        piece, size = [], prompt_length
+        for index, length in enumerate(lengths):
+            if piece and size + length > row_tokens:
+                pieces.append((size, number, piece))
+                piece, size = [], prompt_length
+            piece, size = [*piece, index], size + length
+        pieces.append((size, number, piece))
+    rows, room = [], []
+    for size, number, piece in sorted(pieces, key=lambda entry: -entry[0]):
+        fits = next((row for row, left in enumerate(room) if size <= left), None)
+        if fits is None:
+            rows.append([])
+            room.append(row_tokens)
+            fits = len(rows) - 1
+        rows[fits].append((number, piece))
+        room[fits] -= size
+    return rows
+
+
+# ---- drawing -------------------------------------------------------------------------------------------------------
+
+
+def sample_completions(
+    model: nn.Module,
+    prompts: Sequence[dict],
+    group_size: int,
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    banned_ids: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+    return_logprobs: bool = False,
+) -> list[list[Tensor]] | tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """Per prompt, group_size 1-D id tensors that keep their end token; temperature 0 is greedy.
+
+    With `return_logprobs` the tokens' log-probs follow, under the full softmax at this temperature (at 1 if greedy),
+    that is before top_k and top_p: what `completion_logprobs` is to reproduce.
+    """
+    require_mask_support(model)
+    was_training = model.training
+    model.eval()  # dropout off; and in train mode gradient checkpointing drops the cache
+    with torch.no_grad():
+        cache, logits, visible, positions = prefill(model, prompts, group_size)
+        pick = partial(pick_tokens, temperature=temperature, top_k=top_k, top_p=top_p, banned_ids=banned_ids,
+                       generator=generator)  # fmt: skip
+        drawn, logprobs, lengths = decode(model, cache, logits, visible, positions, pick, max_new_tokens, eos_ids)
+    model.train(was_training)
+    lengths = lengths.tolist()
+    grouped = [
+        [[values[row, : lengths[row]] for row in range(start, start + group_size)]
+         for start in range(0, len(lengths), group_size)]
+        for values in (drawn, logprobs)
+    ]  # fmt: skip
+    return (grouped[0], grouped[1]) if return_logprobs else grouped[0]
+
+
+def prefill(
+    model: nn.Module, prompts: Sequence[dict], group_size: int
+) -> tuple[DynamicCache, Tensor, Tensor | None, Tensor]:
+    """Reads each prompt once: the cache of R = B * G rows, logits [R, V], visible keys [R, P], next positions [A, R].
+
+    Prompts run in packed rows and are then aligned at their last token; `visible` is False on the padding in front, and
+    None if all are of one length.
+    """
+    layers, logits, nexts, sizes = [], [], [], [prompt["input_ids"].shape[1] for prompt in prompts]
+    longest = max(sizes)
+    for start, stop in _chunks(sizes, PREFILL_TOKENS):
+        row = pack_row(model, prompts[start:stop], [[] for _ in range(start, stop)])
+        cache = DynamicCache()
+        last = torch.tensor([end - 1 for _, end in row.spans], device=row.targets.device)
+        logits.append(root_forward(model, next_logits)(row.inputs, last, cache))
+        nexts.append(row.next_positions)
+        for number, layer in enumerate(cache.layers):
+            states = [[_left_padded(part[:, :, slice(*span)], longest) for span in row.spans]
+                      for part in (layer.keys, layer.values)]  # fmt: skip
+            layers.extend([([], [])] if number == len(layers) else [])
+            layers[number][0].extend(states[0])
+            layers[number][1].extend(states[1])
+    repeated = DynamicCache()
+    for number, (keys, values) in enumerate(layers):
+        repeated.update(*(torch.cat(part).repeat_interleave(group_size, 0) for part in (keys, values)), number)
+        layers[number] = None  # the single copies are freed layer by layer, so the peak is one cache, not two
+    device = logits[0].device
+    visible = torch.arange(longest, device=device) >= longest - torch.tensor(sizes, device=device)[:, None]
+    visible = None if min(sizes) == longest else visible.repeat_interleave(group_size, 0)
+    repeat = partial(torch.repeat_interleave, repeats=group_size)
+    return repeated, repeat(torch.cat(logits), dim=0), visible, repeat(torch.cat(nexts, 1), dim=1)
+
+
+def _chunks(sizes: Sequence[int], budget: int) -> list[tuple[int, int]]:
+    """Consecutive (start, stop) with at most budget tokens each, or one prompt."""
+    chunks, start = [], 0
+    for stop in range(1, len(sizes) + 1):
+        if stop == len(sizes) or sum(sizes[start : stop + 1]) > budget:
+            chunks.append((start, stop))
+            start = stop
+    return chunks
+
+
+def _left_padded(states: Tensor, length: int) -> Tensor:  # [1, heads, P, d] -> [1, heads, length, d]
+    return F.pad(states, (0, 0, length - states.shape[2], 0))
+
+
+def decode(
+    model: nn.Module,
+    cache: DynamicCache,
+    logits: Tensor,  # [R, V] of the first token
+    visible: Tensor | None,  # [R, P] keys of the cache that are no padding
+    positions: Tensor,  # [A, R] of the first token
+    pick,  # logits -> (ids [R], logprobs [R])
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token by token until every row has ended: ids [R, C], log-probs [R, C] and lengths [R], the end token included.
+
+    One host sync per token, the count of rows still alive; finished rows leave once they are a quarter of the batch.
+    """
+    step_forward = root_forward(model, next_logits)
+    rows = torch.arange(len(logits), device=logits.device)  # where each sequence still decoded is written to
+    ends = torch.tensor(list(eos_ids), device=logits.device)
+    drawn = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=logits.device)
+    logprobs = torch.zeros(len(rows), max_new_tokens, dtype=logits.dtype, device=logits.device)
+    lengths = torch.zeros_like(rows)
+    alive = torch.ones_like(rows, dtype=torch.bool)
+    for step in range(max_new_tokens):
+        ids, picked = pick(logits)
+        drawn[rows, step], logprobs[rows, step] = ids, picked  # past its end a row writes on; `lengths` cuts that off
+        lengths[rows] += alive
+        alive = alive & ~torch.isin(ids, ends)
+        num_alive = int(alive.sum())
+        if num_alive == 0 or step + 1 == max_new_tokens:
+            break
+        if num_alive <= 0.75 * len(alive):
+            keep = alive.nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            rows, ids, alive, positions = rows[keep], ids[keep], alive[keep], positions[:, keep]
+            visible = None if visible is None else visible[keep]
+        if visible is not None:
+            visible = F.pad(visible, (0, 1), value=True)
+        inputs = {
+            "input_ids": ids[:, None],
+            "position_ids": model_positions(positions[..., None]),
+            "attention_mask": None if visible is None else visible[:, None, None, :],
+        }
+        logits = step_forward(inputs, torch.arange(len(ids), device=ids.device), cache)
+        positions = positions + 1
+    longest = int(lengths.max())
+    return drawn[:, :longest], logprobs[:, :longest], lengths
+
+
+def pick_tokens(
+    logits: Tensor,  # [R, V] fp32
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    banned_ids: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Next ids [R] and their log-probs [R]; temperature 0 takes the most likely."""
+    if len(banned_ids):
+        logits = logits.index_fill(1, torch.as_tensor(banned_ids, device=logits.device), -1e30)
+    logprobs = (logits / (temperature or 1.0)).log_softmax(1)
+    if temperature == 0:
+        ids = logprobs.argmax(1)
+    else:
+        # An exponential race: argmax of p / Exp(1) draws from p, and unlike multinomial it never waits for the device.
+        noise = torch.empty_like(logprobs).exponential_(generator=generator)
+        ids = (truncated(logprobs, top_k, top_p) - noise.log()).argmax(1)
+    return ids, logprobs.gather(1, ids[:, None])[:, 0]
+
+
+def truncated(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Log-probs [R, V] with -inf outside the top_k tokens (0: all) and the smallest set holding top_p probability."""
+    if top_k:
+        threshold = logprobs.topk(min(top_k, logprobs.shape[1]), dim=1).values[:, -1:]
+        logprobs = logprobs.masked_fill(logprobs < threshold, -torch.inf)
+    if top_p < 1:
+        ordered, order = logprobs.sort(dim=1, descending=True)
+        probs = ordered.softmax(1)
+        outside = probs.cumsum(1) - probs >= top_p  # what stands before a token already holds top_p; the first stays
+        logprobs = logprobs.masked_fill(outside.scatter(1, order, outside), -torch.inf)
+    return logprobs

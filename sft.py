@@ -1,0 +1,139 @@
+"""Supervised fine-tuning, the baseline the paper compares GRPO with: same data, prompts, sharding, evaluation, checkpoints.
+
+The loss is on the answer's tokens alone, averaged over all of them in the step; several samples share a packed row.
+A true box is written as {"bbox_2d": [x1, y1, x2, y2]}, rounded to whole numbers in the space the model answers in.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import ProcessorMixin
+from transformers.hf_argparser import HfArg
+
+import toy
+from data import IMAGE_MARK, answer_boxes, move_answer_boxes
+from eval import evaluate_sets
+from parallel import World, all_sum, clip_gradients, gradient_scale, launch, process_group
+from rollout import completion_logprobs, plan_rows
+from run import (
+    CheckpointKeeper,
+    PromptFeed,
+    RunConfig,
+    RunLog,
+    StopSignal,
+    compute_dtype,
+    describe_run,
+    learning_rate_factor,
+    load_policy,
+    load_run_samples,
+    make_optimizers,
+    open_run,
+    parse_options,
+    peak_memory_gb,
+    set_learning_rate,
+    timed,
+)
+from vlm import Prompt, banned_token_ids, blank_prompt, trainable
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    response: str = HfArg(
+        default="<answer>{answer}</answer>", help="text to imitate, with {answer} and, if wanted, {question}"
+    )
+    reward: str = HfArg(default="iou", help="reward that evaluation reports, where the data names none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "{answer}" not in self.response:
+            raise ValueError(f"response {self.response!r} lacks {{answer}}: there would be nothing to learn")
+
+
+def response_ids(processor: ProcessorMixin, prompt: Prompt, response: str) -> Tensor:
+    """The tokens to imitate [C], end token included."""
+    answer = prompt.answer
+    if prompt.sample.has_boxes:
+        answer = move_answer_boxes(answer, lambda box: [round(side) for side in box])
+        if answer_boxes(answer, bare=True) and answer.startswith("[") and not answer.startswith("[{"):
+            answer = json.dumps({"bbox_2d": json.loads(answer)})
+    question = prompt.sample.question.replace(IMAGE_MARK, "").strip()
+    text = response.replace("{question}", question).replace("{answer}", answer)
+    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return torch.tensor([*ids, processor.tokenizer.eos_token_id])
+
+
+def train_step(
+    policy: nn.Module, processor: ProcessorMixin, optimizers: list, prompts: list[Prompt], blank: Prompt, config: Config,
+    world: World,
+) -> dict[str, float]:  # fmt: skip
+    """One optimizer step on these prompts' answers; its figures, summed over ranks."""
+    answers = [response_ids(processor, prompt, config.response) for prompt in prompts]
+    num_tokens = all_sum({"tokens": float(sum(map(len, answers)))}, world)["tokens"]
+    banned = banned_token_ids(policy, processor)
+    plan = plan_rows(
+        [p.inputs["input_ids"].shape[1] for p in prompts], [[len(ids)] for ids in answers], config.row_tokens
+    )
+    plan += [[]] * (int(all_sum({"rows": len(plan)}, world, largest=True)["rows"]) - len(plan))
+    total = 0.0
+    policy.train()
+    for pieces in plan:
+        inputs = [prompts[number].inputs for number, _ in pieces]
+        completions = [[answers[number]] for number, _ in pieces]
+        if world.size > 1 and not any("pixel_values" in prompt for prompt in inputs):  # see train.make_rows
+            inputs, completions = [*inputs, blank.inputs], [*completions, []]
+        logprobs = completion_logprobs(policy, inputs, completions, banned_ids=banned)
+        loss = -sum(values.sum() for values in logprobs) / num_tokens
+        (loss * gradient_scale(world)).backward()
+        total += float(loss.detach())
+    norm = clip_gradients([parameter for _, parameter in trainable(policy)], config.max_grad_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {**all_sum({"loss": total}, world), "answer_tokens": num_tokens, "grad_norm": norm}
+
+
+def main(config: Config) -> None:
+    dtype = compute_dtype(config.dtype)
+    with process_group(bf16=dtype == torch.bfloat16, shard_within_node=config.shard_within_node) as world:
+        samples, eval_sets = load_run_samples(config, world, has_boxes=config.reward == "iou")
+        policy, processor = load_policy(config, world)
+        steps = config.steps or math.ceil(config.epochs * len(samples) / config.prompts_per_step)
+        feed = PromptFeed(samples, processor, config, policy.config.model_type, world)
+        if config.dry_run:
+            describe_run(policy, feed, config, world, steps, completions=1, reference=False)
+            return
+        optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
+        out = open_run(config, world)
+        keeper = CheckpointKeeper(out, policy, optimizers, config, world)
+        start = keeper.resume() if config.resume else 0
+        log, stop = RunLog(out, config, world, start), StopSignal()
+        if start == 0 and config.eval_every:
+            keeper.best = evaluate_sets(policy, processor, eval_sets, 0, config, world, log, reward=config.reward)
+
+        bar = tqdm(range(start, steps), initial=start, total=steps, disable=not world.first)
+        for step in bar:
+            rate = set_learning_rate(
+                optimizers, learning_rate_factor(step, steps, config.warmup_steps, config.schedule)
+            )
+            with timed("learn", world) as seconds:
+                figures = train_step(policy, processor, optimizers, feed.take(step), blank, config, world)
+            done = step + 1
+            figures |= {**seconds, "learning_rate": rate, "memory_gb": peak_memory_gb(world.device), **feed.figures()}
+            log.write("metrics.jsonl", done, figures)
+            bar.set_postfix(loss=f"{figures['loss']:.3f}", grad_norm=f"{figures['grad_norm']:.3f}")
+            score, last = None, done == steps or stop.agreed(world)
+            if config.eval_every and (done % config.eval_every == 0 or done == steps):
+                score = evaluate_sets(policy, processor, eval_sets, done, config, world, log, reward=config.reward)
+            keeper.after_step(done, score, last=last)
+            if last and done < steps:
+                log.say(f"stopped after step {done}; go on with: python sft.py --resume {out}")
+                break
+
+
+if __name__ == "__main__":
+    launch(main, parse_options(Config, sys.argv[1:], toy.PRESETS["sft"]))

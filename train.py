@@ -1,0 +1,362 @@
+"""GRPO on a Hugging Face vision-language model; the loop at the end reads like the paper.
+
+`python train.py` trains the toy on whatever machine it is on; with --model, --data and --image_root a real model, one
+process per GPU, under VLM-R1's recipe unless told otherwise. The terms of a step:
+  draw    G completions of each prompt, from the whole model gathered on every rank
+  score   rewards by rule, advantages within the group, log-probs under the reference
+  learn   one or more passes of the clipped, KL-penalised loss, a packed row at a time
+Left out: several optimizer steps per pass, replay, reward models, LoRA.
+
+Shapes: B prompts of this rank, G completions each, N = B * G, C tokens of the longest completion.
+"""
+
+import math
+import statistics
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import ProcessorMixin
+from transformers.hf_argparser import HfArg
+
+import toy
+from eval import evaluate_sets
+from grpo import group_advantages, grpo_loss
+from parallel import (
+    World,
+    all_sum,
+    clip_gradients,
+    gathered,
+    gradient_scale,
+    launch,
+    process_group,
+)
+from rewards import BOX_REWARDS, first_box, load_reward
+from rollout import completion_logprobs, plan_rows, sample_completions, stack_groups
+from run import (
+    CheckpointKeeper,
+    PromptFeed,
+    RunConfig,
+    RunLog,
+    StopSignal,
+    compute_dtype,
+    describe_run,
+    learning_rate_factor,
+    load_policy,
+    load_reference,
+    load_run_samples,
+    make_optimizers,
+    open_run,
+    parse_options,
+    peak_memory_gb,
+    set_learning_rate,
+    timed,
+)
+from vlm import Prompt, banned_token_ids, blank_prompt, eos_token_ids, trainable
+
+WARN_EVERY = 25  # steps over which a warning looks back, and before which it is not repeated
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    rewards: list[str] = HfArg(
+        default_factory=lambda: ["iou", "rec_format"],
+        help="reward names, or file.py:function; the first is the accuracy reward, which a sample's own method replaces",
+    )
+    reward_weights: list[float] = HfArg(default_factory=list, help="weight of each reward; all 1 by default")
+    group_size: int = HfArg(default=8, help="completions per prompt")
+    num_iterations: int = HfArg(default=1, help="passes, each an optimizer step, over what a step drew")
+    clip_low: float = HfArg(default=0.2, help="the ratio is clipped below 1 - this")
+    clip_high: float = HfArg(default=0.2, help="and above 1 + this")
+    beta: float = HfArg(default=0.04, help="weight of the KL penalty; at 0 no reference is loaded")
+    variant: Literal["grpo", "dapo", "dr_grpo", "gspo"] = HfArg(
+        default="grpo", help="how tokens are averaged, see grpo.py"
+    )
+    scale_advantages: bool = HfArg(default=True, help="divide advantages by the group's standard deviation")
+    temperature: float = HfArg(default=1.0, help="of the distribution drawn from and trained")
+    top_k: int = HfArg(default=0, help="draw among the k most likely tokens only; 0 for all")
+    top_p: float = HfArg(default=1.0, help="draw among the most likely tokens that hold this probability only")
+    log_completions_every: int = HfArg(default=10, help="steps between groups written to completions.jsonl")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for spec in self.rewards:
+            load_reward(spec)
+        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
+            raise ValueError(
+                f"{len(self.reward_weights)} reward_weights for {len(self.rewards)} rewards: give one each"
+            )
+        if self.group_size < 2:
+            raise ValueError(
+                f"group_size is {self.group_size}: an advantage compares completions, so it must be at least 2"
+            )
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature is {self.temperature}: equal completions teach nothing, so it must be above 0"
+            )
+        if not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(
+                f"top_p is {self.top_p} and top_k {self.top_k}: 0 < top_p <= 1 and top_k >= 0 are expected"
+            )
+        if self.beta < 0 or not 0 < self.clip_low < 1 or self.clip_high <= 0:
+            raise ValueError(f"beta {self.beta}, clip_low {self.clip_low}, clip_high {self.clip_high}: beta >= 0, "
+                             "0 < clip_low < 1 and clip_high > 0 are expected")  # fmt: skip
+        if self.num_iterations < 1 or self.log_completions_every < 1:
+            raise ValueError("num_iterations and log_completions_every must be at least 1")
+
+    @property
+    def weights(self) -> list[float]:
+        return self.reward_weights or [1.0] * len(self.rewards)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    prompts: list[Prompt]  # B
+    completions: list[list[Tensor]]  # B lists of G id tensors
+    draw_logprobs: Tensor  # [N, C] as drawn
+    texts: list[str]  # N
+    rewards: Tensor  # [N, number of rewards]
+    totals: Tensor  # [N] their weighted sum
+    advantages: Tensor  # [N]
+
+
+@dataclass(frozen=True)
+class Row:
+    inputs: list[dict]  # the prompts in this packed row
+    completions: list[list[Tensor]]  # and their completions in it
+    members: Tensor  # [n] which of the N they are
+    mask: Tensor  # [n, C] bool, C of this row
+
+
+def score_texts(texts: Sequence[str], prompts: Sequence[Prompt], config: Config, device: torch.device) -> Tensor:
+    """Rewards [N, number of rewards]; a sample's own method stands in for the first."""
+    functions = [load_reward(spec) for spec in config.rewards]
+    values = []
+    for number, text in enumerate(texts):
+        prompt = prompts[number // config.group_size]
+        own = [load_reward(prompt.sample.reward)] if prompt.sample.reward else functions[:1]
+        values.append([function(text, prompt.answer) for function in [*own, *functions[1:]]])
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, len(functions))
+
+
+def roll_out(
+    policy: nn.Module, processor: ProcessorMixin, prompts: list[Prompt], config: Config, *, generator: torch.Generator,
+    eos_ids: list[int], banned_ids: list[int],
+) -> Rollout:  # fmt: skip
+    """Draws a group for each prompt and scores it."""
+    with gathered(policy):
+        completions, logprobs = sample_completions(
+            policy, [prompt.inputs for prompt in prompts], config.group_size, max_new_tokens=config.max_completion_tokens,
+            eos_ids=eos_ids, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+            banned_ids=banned_ids, generator=generator, return_logprobs=True,
+        )  # fmt: skip
+    flat = [ids for group in completions for ids in group]
+    texts = processor.tokenizer.batch_decode(flat, skip_special_tokens=True)
+    rewards = score_texts(texts, prompts, config, flat[0].device)
+    totals = rewards @ torch.tensor(config.weights, device=rewards.device)
+    drawn = torch.nn.utils.rnn.pad_sequence([values for group in logprobs for values in group], batch_first=True)
+    advantages = group_advantages(totals, config.group_size, scale=config.scale_advantages)
+    return Rollout(prompts, completions, drawn, texts, rewards, totals, advantages)
+
+
+def make_rows(rollout: Rollout, config: Config, world: World, blank: Prompt) -> list[Row]:
+    """The rollout cut into packed rows, as many on every rank and each with an image in it where the model is sharded.
+
+    Each block of a sharded model is gathered from all ranks when it runs. A rank that ran fewer rows, or left out the
+    vision tower for want of an image, would leave the others waiting; a blank prompt that nothing attends to costs 20 tokens.
+    """
+    lengths = [[len(ids) for ids in group] for group in rollout.completions]
+    plan = plan_rows([p.inputs["input_ids"].shape[1] for p in rollout.prompts], lengths, config.row_tokens)
+    plan += [[]] * (int(all_sum({"rows": len(plan)}, world, largest=True)["rows"]) - len(plan))
+    rows = []
+    for pieces in plan:
+        inputs = [rollout.prompts[number].inputs for number, _ in pieces]
+        completions = [[rollout.completions[number][index] for index in indices] for number, indices in pieces]
+        if world.size > 1 and not any("pixel_values" in prompt for prompt in inputs):
+            inputs, completions = [*inputs, blank.inputs], [*completions, []]
+        members = [number * config.group_size + index for number, indices in pieces for index in indices]
+        sizes = torch.tensor([len(ids) for group in completions for ids in group], device=world.device)
+        mask = torch.arange(int(sizes.max()) if len(sizes) else 0, device=world.device) < sizes[:, None]
+        rows.append(Row(inputs, completions, torch.tensor(members, dtype=torch.long, device=world.device), mask))
+    return rows
+
+
+def reference_logprobs(reference: nn.Module, rows: list[Row], config: Config, banned_ids: list[int]) -> list[Tensor]:
+    """Per row, [n, C] log-probs under the reference."""
+    options = {"temperature": config.temperature, "banned_ids": banned_ids}
+    with torch.no_grad():
+        return [stack_groups(completion_logprobs(reference, row.inputs, row.completions, **options)) for row in rows]
+
+
+def learn(
+    policy: nn.Module, optimizers: list[torch.optim.Optimizer], rollout: Rollout, rows: list[Row], ref: list[Tensor] | None,
+    config: Config, world: World, banned_ids: list[int],
+) -> dict[str, float]:  # fmt: skip
+    """num_iterations passes of the loss over the rows, an optimizer step each; figures of the first, summed over ranks.
+
+    The first pass runs on the weights that drew, so its log-probs are the old ones of all passes: no extra forward.
+    """
+    num_tokens = all_sum({"tokens": float(sum(row.mask.sum() for row in rows))}, world)["tokens"]
+    step_totals = {"num_completions": config.prompts_per_step * config.group_size, "num_tokens": num_tokens,
+                   "max_completion_tokens": config.max_completion_tokens}  # fmt: skip
+    old: list[Tensor] = []
+    sums, largest_gap, norm = {}, 0.0, 0.0
+    policy.train()
+    for iteration in range(config.num_iterations):
+        for number, row in enumerate(rows):
+            logprobs, entropies = map(stack_groups, completion_logprobs(
+                policy, row.inputs, row.completions, temperature=config.temperature, banned_ids=banned_ids,
+                return_entropies=True))  # fmt: skip
+            if iteration == 0:
+                old.append(logprobs.detach())
+            loss, figures = grpo_loss(
+                logprobs, old[number], ref[number] if ref else None, rollout.advantages[row.members], row.mask,
+                clip_low=config.clip_low, clip_high=config.clip_high, beta=config.beta, variant=config.variant, **step_totals,
+            )  # fmt: skip
+            (loss * gradient_scale(world)).backward()
+            gap = (rollout.draw_logprobs[row.members, : row.mask.shape[1]] - old[number]).abs() * row.mask
+            largest_gap = max(largest_gap, float(gap.max()) if gap.numel() else 0.0)
+            first_pass = {"entropy": (entropies * row.mask).sum() / num_tokens, "draw_gap": gap.sum() / num_tokens}
+            for name, value in {"loss": loss, **figures, **(first_pass if iteration == 0 else {})}.items():
+                part = value.detach() / (1 if name in first_pass else config.num_iterations)
+                sums[name] = sums.get(name, 0.0) + float(part)
+        norm = clip_gradients([parameter for _, parameter in trainable(policy)], config.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    gap_max = all_sum({"draw_gap_max": largest_gap}, world, largest=True)
+    return {**all_sum(sums, world), **gap_max, "grad_norm": norm}
+
+
+def rollout_figures(rollout: Rollout, config: Config, world: World, eos_ids: list[int]) -> dict[str, float]:
+    """What the drawn completions tell, averaged over the step."""
+    flat = [ids for group in rollout.completions for ids in group]
+    groups = rollout.totals.view(-1, config.group_size)
+    boxed = [prompt.sample.has_boxes for prompt in rollout.prompts for _ in range(config.group_size)]
+    unread = [
+        first_box(text) is None if box else "<answer>" not in text
+        for text, box in zip(rollout.texts, boxed, strict=True)
+    ]
+    names = [f"reward/{spec.rsplit(':', 1)[-1]}" for spec in config.rewards]
+    share = 1 / (config.prompts_per_step * config.group_size)
+    sums = {
+        **dict(zip(names, (rollout.rewards.sum(0) * share).tolist(), strict=True)),
+        "reward": float(rollout.totals.sum()) * share,
+        "reward_std": float(groups.std(1).sum()) / config.prompts_per_step,
+        "groups_equal": float((groups.amax(1) == groups.amin(1)).sum()) / config.prompts_per_step,
+        "truncated": sum(int(ids[-1]) not in eos_ids for ids in flat) * share,
+        "unparsed": sum(unread) * share,
+        "completion_tokens": sum(map(len, flat)) * share,
+    }
+    return all_sum(sums, world)
+
+
+def causes_for_concern(recent: Sequence[dict], config: Config) -> list[str]:
+    """Warnings with the likely cause, from the figures of the last steps."""
+    mean = {name: statistics.fmean(figures[name] for figures in recent) for name in recent[0]}
+    warnings = []
+    if mean["unparsed"] > 0.9:
+        warnings.append(f"{mean['unparsed']:.0%} of the completions cannot be read: does the template ask for the format that "
+                        f"the rewards {config.rewards} read? See completions.jsonl")  # fmt: skip
+    if mean["truncated"] > 0.5:
+        warnings.append(f"{mean['truncated']:.0%} of the completions are cut off at {config.max_completion_tokens} tokens and earn "
+                        "little: raise --max_completion_tokens, or ask for shorter answers")  # fmt: skip
+    if mean["groups_equal"] > 0.9 and mean["unparsed"] < 0.1:
+        warnings.append(f"{mean['groups_equal']:.0%} of the groups have equal rewards and teach nothing though the format is there: "
+                        "is the truth in the space the model answers in, are the samples too easy or too hard?")  # fmt: skip
+    return warnings
+
+
+def train_step(
+    step: int, policy: nn.Module, reference: nn.Module | None, processor: ProcessorMixin, optimizers: list, feed: PromptFeed,
+    blank: Prompt, config: Config, world: World,
+) -> tuple[dict[str, float], Rollout]:  # fmt: skip
+    """One step of the algorithm: draw, score, learn; its figures and what was drawn."""
+    ids = {"eos_ids": eos_token_ids(policy, processor), "banned_ids": banned_token_ids(policy, processor)}
+    generator = torch.Generator(world.device)
+    # A function of seed, step and rank: no random state to save, and no two ranks draw the same.
+    generator.manual_seed((config.seed * 1_000_003 + step) * 65_537 + world.rank)
+    prompts = feed.take(step)
+    with timed("draw", world) as draw:
+        rollout = roll_out(policy, processor, prompts, config, generator=generator, **ids)
+    with timed("score", world) as score:
+        rows = make_rows(rollout, config, world, blank)
+        ref = reference_logprobs(reference, rows, config, ids["banned_ids"]) if reference else None
+    with timed("learn", world) as learning:
+        figures = learn(policy, optimizers, rollout, rows, ref, config, world, ids["banned_ids"])
+    seconds = {**draw, **score, **learning}
+    drawn = rollout_figures(rollout, config, world, ids["eos_ids"])
+    tokens = config.prompts_per_step * config.group_size * drawn["completion_tokens"]
+    speed = {f"tokens_per_second_{name.removeprefix('seconds_')}": tokens / value for name, value in seconds.items()}
+    return {**drawn, **figures, **seconds, **speed, "memory_gb": peak_memory_gb(world.device)}, rollout
+
+
+def log_group(log: RunLog, step: int, rollout: Rollout, config: Config) -> None:
+    """The first group of the step with all that it earned."""
+    size, prompt = config.group_size, rollout.prompts[0]
+    columns = zip(
+        rollout.texts[:size], rollout.rewards[:size].tolist(), rollout.advantages[:size].tolist(), strict=True
+    )
+    group = [{"completion": text, "rewards": dict(zip(config.rewards, rewards, strict=True)), "advantage": advantage}
+             for text, rewards, advantage in columns]  # fmt: skip
+    record = {
+        "id": prompt.sample.id,
+        "images": prompt.sample.images,
+        "question": prompt.sample.question,
+        "answer": prompt.answer,
+    }
+    log.write("completions.jsonl", step, {**record, "group": group})
+
+
+def main(config: Config) -> None:
+    dtype = compute_dtype(config.dtype)
+    with process_group(bf16=dtype == torch.bfloat16, shard_within_node=config.shard_within_node) as world:
+        samples, eval_sets = load_run_samples(config, world, has_boxes=not BOX_REWARDS.isdisjoint(config.rewards))
+        policy, processor = load_policy(config, world)
+        steps = config.steps or math.ceil(config.epochs * len(samples) / config.prompts_per_step)
+        feed = PromptFeed(samples, processor, config, policy.config.model_type, world)
+        if config.dry_run:
+            describe_run(policy, feed, config, world, steps, completions=config.group_size, reference=config.beta > 0)
+            return
+        reference = load_reference(config, world) if config.beta else None
+        optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
+        out = open_run(config, world)
+        keeper = CheckpointKeeper(out, policy, optimizers, config, world)
+        start = keeper.resume() if config.resume else 0
+        log, stop, recent = RunLog(out, config, world, start), StopSignal(), deque(maxlen=WARN_EVERY)
+        if start == 0 and config.eval_every:
+            keeper.best = evaluate_sets(policy, processor, eval_sets, 0, config, world, log, reward=config.rewards[0])
+
+        bar = tqdm(range(start, steps), initial=start, total=steps, disable=not world.first)
+        for step in bar:
+            rate = set_learning_rate(
+                optimizers, learning_rate_factor(step, steps, config.warmup_steps, config.schedule)
+            )
+            figures, rollout = train_step(step, policy, reference, processor, optimizers, feed, blank, config, world)
+            done = step + 1
+            log.write("metrics.jsonl", done, {**figures, "learning_rate": rate, **feed.figures()})
+            recent.append(figures)
+            bar.set_postfix(
+                {name: f"{figures[name]:.3f}" for name in ("reward", "reward_std", "unparsed", "grad_norm")}
+            )
+            if done % config.log_completions_every == 0:
+                log_group(log, done, rollout, config)
+            if done % WARN_EVERY == 0 and world.first:
+                for warning in causes_for_concern(recent, config):
+                    tqdm.write(f"warning: step {done}: {warning}")
+            score, last = None, done == steps or stop.agreed(world)
+            if config.eval_every and (done % config.eval_every == 0 or done == steps):
+                score = evaluate_sets(policy, processor, eval_sets, done, config, world, log, reward=config.rewards[0])
+            keeper.after_step(done, score, last=last)
+            if last and done < steps:
+                log.say(f"stopped after step {done}; go on with: python train.py --resume {out}")
+                break
+
+
+if __name__ == "__main__":
+    launch(main, parse_options(Config, sys.argv[1:], toy.PRESETS["train"]))
