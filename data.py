@@ -55,7 +55,7 @@ class Sample:
     source: str  # "file.jsonl:12", for messages
 
 
-def read_samples(path: str | Path, image_root: str | Path = ".", *, has_boxes: bool = True) -> list[Sample]:
+def read_samples(path: str | Path, image_root: str | Path, *, has_boxes: bool = True) -> list[Sample]:
     """The samples of a JSONL or JSON file, checked as far as the file alone allows.
 
     `has_boxes` says whether a list of four numbers is a box; a {"bbox_2d": ...} always is.

@@ -91,16 +91,17 @@ def grpo_loss(
         kl = k3_divergence(torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0))
         token_loss = token_loss + beta * kl
 
+    ones = mask.to(token_loss.dtype)
     if variant == "dapo":  # arXiv 2503.14476: a token weighs the same in a long completion as in a short one
-        weights = mask / num_tokens
+        weights = ones / num_tokens
     elif variant == "dr_grpo":  # arXiv 2503.20783: a constant, so that no length is favoured
         if max_completion_tokens is None:
             raise ValueError(
                 'variant "dr_grpo" divides by max_completion_tokens, which is None: pass the limit drawn to'
             )
-        weights = mask / (num_completions * max_completion_tokens)
+        weights = ones / (num_completions * max_completion_tokens)
     else:
-        weights = mask / (lengths * num_completions)
+        weights = ones / (lengths * num_completions)
     loss = (token_loss * weights).sum()
 
     def token_mean(values: Tensor) -> Tensor:

@@ -200,6 +200,7 @@ def save_checkpoint(
     if world.first:
         weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
         model.save_pretrained(partial, state_dict=weights)  # not safetensors by hand: it maps names back to the hub's
+        _set_config_dtype(partial / "config.json", dtype)
         copy_side_files(source, partial)
         (partial / "trainer.json").write_text(json.dumps({**state, "num_shards": _num_shards(world)}, indent=1))
     if _shard_index(world) is not None:
@@ -210,6 +211,12 @@ def save_checkpoint(
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
     barrier(world)
+
+
+def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Says in config.json what the weights were saved in; save_pretrained writes what the masters are."""
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
 
 
 def copy_side_files(source: str, directory: Path) -> None:

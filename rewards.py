@@ -1,18 +1,19 @@
 """Rewards: text in, number out.
 
-A reward is a function of (completion, answer), the text the model wrote and the truth as the data set states it, and has
-one line in REWARDS. None raises, none returns NaN, each takes time linear in the completion: where VLM-R1 uses regular
-expressions with several `.*` (20 s for 1,000 characters of a truncated list of boxes), `str.find` does the same here.
+A reward is a function of (completion, answer), the text the model wrote and the truth as the data set states it, and
+has one line in REWARDS. None raises, none returns NaN, each takes time linear in the completion: where VLM-R1 uses
+regular expressions with several `.*` (20 s for 1,000 characters of a truncated list), `str.find` does the same here.
 
 Left out: a judge that is itself a model (write it as a plugin, see load_reward), and image sizes (vlm.py moves the true
 boxes into the space the model answers in, so that truth and answer are compared as they stand).
 
-A box is [x1, y1, x2, y2]. An item is (box, label): box is None where the text had no four numbers, label is None where it
-had none. P, T: the number of items predicted and true.
+A box is [x1, y1, x2, y2]. An item is (box, label): box is None where the text had no four numbers, label is None where
+it had none. P, T: the number of items predicted and true.
 """
 
 import ast
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -21,14 +22,15 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from operator import add, mul, neg, pos, pow, sub, truediv
+from pathlib import Path
 
 import numpy as np
 
 Item = tuple[list[float] | None, str | float | None]
 Reward = Callable[[str, str], float]
 
-# Possessive quantifiers (`++`) do not backtrack, and a match that starts at a bracket cannot run past the next one, so a
-# search reads every character a bounded number of times.
+# Possessive quantifiers (`++`) do not backtrack, and a match that starts at a bracket cannot run past the next one, so
+# a search reads every character a bounded number of times.
 _NUMBER = r"([-+]?(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][-+]?\d++)?|[-+]?(?i:nan|infinity|inf))"
 _PAIR = rf"{_NUMBER}\s*+,\s*+{_NUMBER}"
 _BOX = re.compile(rf"\[\s*+{_PAIR}\s*+,\s*+{_PAIR}\s*+\]")
@@ -91,7 +93,7 @@ def parse_json(text: str):
 
 
 def first_box(text: str, anywhere: bool = False) -> list[float] | None:
-    """The first box of the first answer (anywhere: or of a text without one), None if there is none or it is not finite."""
+    """The first box of the first answer (anywhere: or of an untagged text), None without one or if it is not finite."""
     # VLM-R1 reads non-negative integers without spaces before the commas, and the last box when it evaluates.
     answer = answer_or_all(text, 0) if anywhere else answer_text(text, 0)
     match = _BOX.search(answer) if answer else None
@@ -126,7 +128,7 @@ _parse_truth = functools.lru_cache(maxsize=1024)(parse_boxes)  # the completions
 
 
 def _areas(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-    """The areas of the overlap, the union and the enclosing box of two boxes, zeros where a coordinate is not finite."""
+    """The areas of overlap, union and enclosing box of two boxes, zeros where a coordinate is not finite."""
     if not all(map(math.isfinite, (*a, *b))):
         return 0.0, 0.0, 0.0
     overlap = max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
@@ -169,7 +171,7 @@ def average_precision(
     true: Sequence[Item],  # [T]
     thresholds: Sequence[float] = IOU_THRESHOLDS,
 ) -> float:
-    """COCO's AP of one image: the mean precision over the true classes, the thresholds and 101 recalls; 0 without truth."""
+    """COCO's AP of one image: the mean precision over true classes, thresholds and 101 recalls; 0 without truth."""
     # Boxes of other classes cost nothing, in COCO too: the loophole that od_length closes (arXiv 2504.07615, 4.3).
     classes = {label: k for k, label in enumerate(dict.fromkeys(label for box, label in true if box and _counts(box)))}
     wanted = [(box, classes[label]) for box, label in true if box and _counts(box)]
@@ -191,7 +193,7 @@ def _counts(box: Sequence[float]) -> bool:
 
 
 def _hit_ranks(options: list[list[tuple[float, int]]], counted: list[bool], threshold: float) -> list[int]:
-    """The ranks of the hits, where each prediction in turn takes the best true box left (of equal ones the last, as COCO)."""
+    """The ranks of the hits: each prediction in turn takes the best true box left, of equals the last, as in COCO."""
     taken, ranks, rank = set(), [], 0
     for candidates, counts in zip(options, counted, strict=True):
         best, chosen = threshold, None
@@ -238,7 +240,7 @@ def greedy_matches(
 
 
 def _f1(predicted: list[Item], true: list[Item]) -> float:
-    """The mean over COCO's thresholds of F1 under one matching, to which pairs with different labels are not admitted."""
+    """The mean over COCO's thresholds of F1 under one matching, which admits no pair with different labels."""
     ious, same = _comparison(predicted, true)
     overlaps = [ious[pair] for pair in greedy_matches(np.where(same, ious, 0.0))]
     # The best pairs are taken first, so the matching at a higher threshold is the beginning of the one at 0.5.
@@ -263,16 +265,18 @@ def _comparison(predicted: list[Item], true: list[Item]) -> tuple[np.ndarray, np
     return box_ious([box for box, _ in found], [box for box, _ in wanted]), same
 
 
-def _detection(score: Callable[[list[Item], list[Item]], float], completion: str, answer: str, which: int = -1) -> float:
-    """The score of the items of a completion against the true ones; if one side has none, 1 where both have none."""
+def _detection(
+    score: Callable[[list[Item], list[Item]], float], completion: str, answer: str, which: int = -1, tagged: bool = True
+) -> float:
+    """The score of the items of a completion against the true ones; where a side is empty, 1 if both are else 0."""
     # VLM-R1 takes an answer it cannot read for an empty list, so it pays 1 for garbage where the truth is "None".
     true, predicted = _parse_truth(answer, which), parse_boxes(completion, which, bare=False)
-    if true is None or predicted is None:
+    if true is None or predicted is None or (tagged and answer_text(completion, -1) is None):
         return 0.0
     return score(predicted, true) if predicted and true else float(predicted == true)
 
 
-# VLM-R1's choice is a letter before a sign or the end. Where there is none, (A), A), [A], **A** and <b>A</b> are choices too.
+# VLM-R1's choice is a letter before a sign or the end. Where there is none, (A), A), [A], **A** and <b>A</b> are too.
 _CHOICE = re.compile(r"(?<![A-Z])[A-Z](?=[.,?!:;]|$)")
 _MARKED_CHOICE = re.compile(r"(?<![\w'])(?<!\w[(\[{])[A-Z](?=[)\]}*_\"<”）】。，：；！？、])")
 _CHOICE_WORDS = "答案 选择 正确 是 对 ANSWER CORRECT CHOOSE SELECT RIGHT 认为 应该 觉得 THINK BELIEVE SHOULD".split()
@@ -327,7 +331,7 @@ _OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.P
 
 
 def statement(text: str) -> str:
-    """What a mathematical answer states: the content of its last \\boxed, or what follows "is", "answer:" or its only "="."""
+    """What a mathematical answer states: the content of its last \\boxed, or what follows "is", ":" or its only "="."""
     start = text.rfind("\\boxed{")
     if start >= 0:
         body = text[start + 7 : start + 8 + MAX_EXPRESSION]
@@ -340,7 +344,7 @@ def statement(text: str) -> str:
 
 
 def evaluate(text: str) -> tuple[float, bool] | None:
-    """The number that an expression in lower case stands for and whether it is in percent, None if it is no arithmetic."""
+    """The number that an expression in lower case is and whether it is in percent, None if it is no arithmetic."""
     if len(text) > MAX_EXPRESSION:
         return None
     for pattern, replacement in _REWRITES:
@@ -375,7 +379,9 @@ def same_value(predicted: str, true: str) -> bool:
     if a is None or b is None:
         return False
     pairs = [(a[0] / (s if a[1] else 1), b[0] / (s if b[1] else 1)) for s in ((1, 100) if a[1] != b[1] else (1,))]
-    return any(math.isclose(x, y, rel_tol=1e-14) or abs(x - y) <= min(5e-7, 1e-5 * max(abs(x), abs(y))) for x, y in pairs)
+    return any(
+        math.isclose(x, y, rel_tol=1e-14) or abs(x - y) <= min(5e-7, 1e-5 * max(abs(x), abs(y))) for x, y in pairs
+    )
 
 
 def verified(predicted: str, true: str) -> bool:
@@ -404,8 +410,8 @@ def giou_reward(completion: str, answer: str) -> float:
 
 def rec_format(completion: str, answer: str) -> float:
     """1 for a thought and then an answer with a box inside braces, whatever stands before and after."""
-    # VLM-R1 searches <think>.*?</think>\s*<answer>.*?\{.*\[box\].*\}.*?</answer>, its box four non-negative integers. The
-    # first place for each left part and the last for each right one leave the box the most room: no other need be tried.
+    # VLM-R1 searches <think>.*?</think>\s*<answer>.*?\{.*\[box\].*\}.*?</answer> with four non-negative integers.
+    # The first place of each left part and the last of each right one leave the box most room: no other need be tried.
     thought = completion.find("<think>")
     tags = _THINK_TO_ANSWER.search(completion, thought + 7) if thought >= 0 else None
     left = completion.find("{", tags.end()) if tags else -1
@@ -423,4 +429,194 @@ def format_reward(completion: str, answer: str) -> float:
 
 def od_ap(completion: str, answer: str) -> float:
     """COCO's AP of the boxes in the last fence of the last answer."""
-    return 0.0 if answer_text(completion, -1) is None else _detection(average_precision, completion, answer)
+    return _detection(average_precision, completion, answer)
+
+
+def od_ap50(completion: str, answer: str) -> float:
+    """The same at IoU 0.5 alone."""
+    return _detection(lambda predicted, true: average_precision(predicted, true, [0.5]), completion, answer)
+
+
+def od_length(completion: str, answer: str) -> float:
+    """AP x min(1, true boxes / predicted boxes), VLM-R1's odLength."""
+    return _detection(lambda p, t: average_precision(p, t) * min(1.0, len(t) / len(p)), completion, answer)
+
+
+def od_f1(completion: str, answer: str) -> float:
+    """F1 of labelled boxes averaged over IoU 0.5 to 0.95: duplicates, wrong labels and absent classes cost."""
+    return _detection(_f1, completion, answer)
+
+
+def weighted_sum(completion: str, answer: str) -> float:
+    """VLM-R1's weighted sum of position and completeness, of the first fence, with or without answer tags."""
+    return _detection(_weighted_score, completion, answer, which=0, tagged=False)
+
+
+def point_in_box(completion: str, answer: str) -> float:
+    """1 if the first point (or the centre of the first box) of the first answer is in the true box or on its edge."""
+    match, true = _POINT.search(answer_text(completion, 0) or ""), first_box(answer, anywhere=True)
+    if not match or not true:
+        return 0.0
+    numbers = [float(number) for number in match.groups() if number is not None]
+    x, y = (sum(numbers[i::2]) / len(numbers[i::2]) for i in (0, 1))
+    return float(true[0] <= x <= true[2] and true[1] <= y <= true[3])
+
+
+def mcq(completion: str, answer: str) -> float:
+    """1 if the first answer chooses the true letter."""
+    true = find_choice(answer_or_all(answer, 0))
+    return float(true is not None and find_choice(answer_or_all(completion, 0)) == true)
+
+
+def yes_no(completion: str, answer: str) -> float:
+    """1 if the first yes or no of the first answer is that of the truth."""
+    # VLM-R1 also finds "no" in "know" and "yes" in "eyes", and pays 1 where neither side says either.
+    said, true = (re.search(r"\b(?:yes|no)\b", answer_or_all(text.lower(), 0)) for text in (completion, answer))
+    return float(bool(said and true) and said[0] == true[0])
+
+
+def numeric(completion: str, answer: str) -> float:
+    """1 if the last answer is nothing but a number and equal to the true one."""
+    numbers = _floats(clean_text(completion), clean_text(answer))
+    return float(bool(numbers) and numbers[0] == numbers[1])
+
+
+def _floats(*texts: str) -> list[float] | None:
+    try:
+        return [float(text) for text in texts]
+    except ValueError:
+        return None
+
+
+def math_reward(completion: str, answer: str) -> float:
+    """1 if the last answer equals the truth as a text, a number or, where math_verify is installed, a formula."""
+    predicted, true = clean_text(completion), clean_text(answer)
+    said, wanted = ("".join(statement(text).split()) for text in (predicted, true))
+    same = predicted == true or (wanted != "" and said == wanted) or same_value(predicted, true)
+    return float(same or verified(predicted, true))
+
+
+def all_match(completion: str, answer: str) -> float:
+    """1 if the last answer is the truth, apart from case, line breaks and full stops at the end."""
+    return float(clean_text(completion) == clean_text(answer))
+
+
+def default(completion: str, answer: str) -> float:
+    """VLM-R1's reward for any text: the same number, else the same choice, else how similar the texts are."""
+    predicted, true = answer_or_all(completion, -1), answer_or_all(answer, 0)
+    if same_value(predicted, true) or verified(predicted, true):
+        return 1.0
+    has_digits = re.search(r"\d", true) is not None
+    if has_digits and (numbers := _floats(clean_text(predicted), clean_text(true))):
+        return float(numbers[0] == numbers[1])
+    if not has_digits and (choice := find_choice(true)):
+        return float(find_choice(predicted) == choice)
+    return similarity(clean_text(predicted), clean_text(true))
+
+
+def accuracy(completion: str, answer: str) -> float:
+    """How right an answer is: by iou if the truth is a box, by weighted_sum if it lists items, else by default."""
+    true = answer_or_all(answer, 0)
+    if _BOX.fullmatch(true):
+        return iou_reward(completion, answer)
+    return default(completion, answer) if _parse_truth(true) is None else weighted_sum(completion, answer)
+
+
+def cosine_length(completion: str, answer: str) -> float:
+    """From 1 down to 0.5 for a right answer (accuracy 0.7 or more), from 0 to -0.5 for a wrong one, by 1,024 tokens."""
+    # arXiv 2502.03373. VLM-R1 takes every answer for right and rises again after 1,024 tokens, to full marks at 2,048.
+    fallen = (1 - math.cos(math.pi * min(count_tokens(completion) / COSINE_LENGTH, 1.0))) / 4
+    return float(accuracy(completion, answer) >= 0.7) - fallen
+
+
+def repetition(completion: str, answer: str) -> float:
+    """Minus the share of items that repeat another in a list of boxes, else of runs of six words in the whole text."""
+    values = _listed(completion)
+    if values:
+        items = [value for value in values if isinstance(value, dict) and "bbox_2d" in value and "label" in value]
+        units = [f"{item['bbox_2d']}_{item['label']}" for item in items]
+    else:
+        words = completion.lower().split()
+        units = list(zip(*(words[i:] for i in range(6)), strict=False))
+    return len(set(units)) / len(units) - 1 if units else 0.0
+
+
+def _listed(text: str) -> list | None:
+    """The list in the first json fence, else in the first fence, else the first list of labelled boxes."""
+    fences = blocks(text, "```json", "```") or blocks(text, "```", "```")
+    listed = fences[0].strip() if fences and fences[0].strip() else _labelled_list(text)
+    values = parse_json(listed)
+    if values is None:  # broken JSON: the objects that are whole, where VLM-R1 needs json_repair
+        values = [value for part in re.findall(r"\{[^{}]*\}", listed) if (value := parse_json(part))]
+    return values if isinstance(values, list) else None
+
+
+def _labelled_list(text: str) -> str:
+    """The first list of objects in which a box comes before a label, an empty text if there is none."""
+    start = re.search(r"\[\s*+\{", text)
+    box = text.find('"bbox_2d"', start.end()) if start else -1
+    label = text.find('"label"', box) if box >= 0 else -1
+    end = re.compile(r"\}\s*+\]").search(text, label) if label >= 0 else None
+    return text[start.start() : end.end()] if end else ""
+
+
+def soft_overlong(completion: str, answer: str) -> float:
+    """0 up to 768 tokens, -1 from 1,024 on, and a straight line between (DAPO, arXiv 2503.14476, equation 13)."""
+    return -min(max((count_tokens(completion) - OVERLONG[0]) / (OVERLONG[1] - OVERLONG[0]), 0.0), 1.0)
+
+
+REWARDS: dict[str, Reward] = {
+    "iou": iou_reward,
+    "giou": giou_reward,
+    "rec_format": rec_format,
+    "format": format_reward,
+    "od_ap": od_ap,
+    "od_ap50": od_ap50,
+    "od_length": od_length,
+    "od_f1": od_f1,
+    "weighted_sum": weighted_sum,
+    "point_in_box": point_in_box,
+    "mcq": mcq,
+    "yes_no": yes_no,
+    "numeric": numeric,
+    "math": math_reward,
+    "all_match": all_match,
+    "default": default,
+    "cosine_length": cosine_length,
+    "repetition": repetition,
+    "soft_overlong": soft_overlong,
+}
+
+# The rewards whose truth is made of boxes, which vlm.py moves into the model's space. Not cosine_length: it takes
+# whatever truth the reward beside it takes.
+BOX_REWARDS = frozenset({"iou", "giou", "od_ap", "od_ap50", "od_length", "od_f1", "weighted_sum", "point_in_box"})
+
+REWARD_RANGES: dict[str, tuple[float, float]] = {name: (0.0, 1.0) for name in REWARDS} | {
+    "giou": (-1.0, 1.0),
+    "cosine_length": (-0.5, 1.0),
+    "repetition": (-1.0, 0.0),
+    "soft_overlong": (-1.0, 0.0),
+}
+
+
+@functools.cache
+def load_reward(spec: str) -> Reward:
+    """The reward of that name, or the function that "path/to/file.py:function" names."""
+    if spec in REWARDS:
+        return REWARDS[spec]
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py"):
+        raise ValueError(
+            f"reward {spec!r} is unknown; choose from {', '.join(REWARDS)} or name yours as file.py:function"
+        )
+    if not Path(path).is_file():
+        raise ValueError(f"reward {spec!r}: there is no file {path!r} under {Path.cwd()}; correct the path")
+    file = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(file)
+    file.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(
+            f"reward {spec!r}: {path} has no function {name!r}; define it as (completion, answer) -> float"
+        )
+    return function

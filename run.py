@@ -43,7 +43,7 @@ class RunConfig:
         default=str(toy.MODEL), help="hub name or directory; without it the toy is trained, under its preset"
     )
     data: list[str] = HfArg(default_factory=list, help="training files in VLM-R1's JSONL format")
-    image_root: list[str] = HfArg(default_factory=list, help="image directory of each data file, or one for all")
+    image_root: list[str] = HfArg(default_factory=list, help="image directory of each data file, or one for all; the file's own by default")
     template: str = HfArg(default="rec", help="prompt template: a name of data.TEMPLATES or a text with {question}")
     max_pixels: int = HfArg(default=MAX_PIXELS, help="pixels of an image at most; a larger one is shrunk")
     min_pixels: int = HfArg(default=3136, help="pixels of an image at least; a smaller one is enlarged")
@@ -94,8 +94,8 @@ class RunConfig:
             raise ValueError(f"data is empty: with --model {self.model} name at least one file, --data F.jsonl")
         for data, roots in (("data", "image_root"), ("eval_data", "eval_image_root")):
             files, given = len(getattr(self, data)), len(getattr(self, roots))
-            if files and given not in (1, files):
-                raise ValueError(f"{given} {roots} for {files} files in {data}: give one for all, or one for each")
+            if given not in (0, 1, files):
+                raise ValueError(f"{given} {roots} for {files} files in {data}: give one for all, one for each, or none")
         for name in ("prompts_per_step", "row_tokens", "max_completion_tokens", "eval_batch_size", "save_every",
                      "keep_checkpoints", "learning_rate", "max_grad_norm", "min_pixels"):  # fmt: skip
             if getattr(self, name) <= 0:
@@ -232,8 +232,10 @@ def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float
 
 def load_samples(files: Sequence[str], roots: Sequence[str], *, has_boxes: bool, progress: bool) -> list[list[Sample]]:
     """The checked samples of each file."""
-    sets = [read_samples(path, roots[number % len(roots)], has_boxes=has_boxes) if roots else read_samples(path, has_boxes=has_boxes)
-            for number, path in enumerate(files)]  # fmt: skip
+    sets = [
+        read_samples(path, roots[number % len(roots)] if roots else Path(path).parent, has_boxes=has_boxes)
+        for number, path in enumerate(files)
+    ]
     check_samples([sample for samples in sets for sample in samples], progress=progress)
     return sets
 

@@ -1,0 +1,294 @@
+"""parallel.py and the exactness of a step: two real processes against one, any cut into rows, images on one rank only."""
+
+import json
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
+from torch.testing import assert_close
+from transformers import AutoModelForImageTextToText
+
+import toy
+import train
+from data import Sample
+from grpo import group_advantages
+from parallel import (
+    World,
+    _row_range,
+    all_gather,
+    all_sum,
+    gathered,
+    load_training_state,
+    process_group,
+    save_checkpoint,
+    shard_model,
+)
+from rollout import sample_completions
+from test_rollout import make_completions, make_prompts
+from train import Rollout, learn, make_rows, reference_logprobs
+from vlm import Prompt, blank_prompt, trainable
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+CONFIG = train.Config(data=["unused"], prompts_per_step=4, group_size=3, beta=0.1, max_grad_norm=1e9, max_completion_tokens=9)
+GROUP = CONFIG.group_size
+
+
+class Recorder:
+    """Stands where an optimizer does and keeps the gradients it is asked to apply."""
+
+    def __init__(self, model):
+        self.model, self.gradients = model, {}
+
+    def step(self):
+        for name, parameter in trainable(self.model):
+            gradient = parameter.grad
+            self.gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+
+    def zero_grad(self, set_to_none):
+        self.model.zero_grad(set_to_none=set_to_none)
+
+
+def make_model(seed=3):
+    processor = toy.build_processor()
+    return toy.build_model(processor.tokenizer, seed=seed), processor
+
+
+def make_rollout(model, processor, world):
+    """This rank's share of four groups; the images are all in the first and third, so rank 1 of two has none."""
+    inputs = make_prompts(processor, (1, 0, 2, 0))
+    completions = make_completions(model, 4, GROUP)
+    rewards = torch.rand(4 * GROUP, generator=torch.Generator().manual_seed(2))
+    mine = slice(world.rank, None, world.size)
+    prompts = [Prompt(i, "", Sample("s", "q", "a", (), "", False, "test"), None, None) for i in inputs]
+    totals = rewards.view(4, GROUP)[mine].flatten()
+    widest = max(len(ids) for group in completions[mine] for ids in group)
+    return Rollout(prompts[mine], completions[mine], torch.zeros(len(totals), widest), [""] * len(totals), totals[:, None],
+                   totals, group_advantages(totals, GROUP))  # fmt: skip
+
+
+def step_gradients(model, reference, processor, world, row_tokens, **changes):
+    """Gradients and figures of one step as train.learn computes them."""
+    config = replace(CONFIG, row_tokens=row_tokens, **changes)
+    rollout = make_rollout(model, processor, world)
+    rows = make_rows(rollout, config, world, blank_prompt(processor))
+    ref = reference_logprobs(reference, rows, config, []) if reference is not None else None
+    recorder = Recorder(model)
+    figures = learn(model, [recorder], rollout, rows, ref, config, world, [])
+    return recorder.gradients, figures, len(rows)
+
+
+def adamw_steps(model, processor, optimizer, world, count):
+    config = replace(CONFIG, beta=0.0)
+    for _ in range(count):
+        rollout = make_rollout(model, processor, world)
+        learn(model, [optimizer], rollout, make_rows(rollout, config, world, blank_prompt(processor)), None, config, world, [])
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def two_processes(rank, port, directory):
+    """Everything that needs two ranks, in one job, since starting one takes seconds; results go to files."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))  # fmt: skip
+    torch.set_num_threads(1)
+    directory, results = Path(directory), {}
+    with process_group(bf16=False) as world:
+        results["sum"] = all_sum({"a": 1.0 + rank, "b": 2.0}, world)
+        results["max"] = all_sum({"a": 1.0 + rank}, world, largest=True)
+        results["rows"] = all_gather([rank, rank], world)
+        model, processor = make_model()
+        model = shard_model(model, world, compute_dtype=torch.float32)
+        reference = shard_model(make_model(seed=4)[0].requires_grad_(False), world, compute_dtype=torch.float32, trained=False)
+        results["sharded"] = all(isinstance(p, DTensor) for p in model.parameters())
+        for row_tokens in (60, 150, 4096):
+            results[row_tokens] = step_gradients(model, reference, processor, world, row_tokens)
+        with gathered(model):
+            # Ranks decode different numbers of prompts and steps: no collective may run in here.
+            prompts = make_prompts(processor, (1, 0, 2, 0))[: 2 + rank]
+            drawn = sample_completions(model, prompts, 1, max_new_tokens=5 + 3 * rank, eos_ids=[2], temperature=0)
+        results["drawn"] = all_gather([[ids.tolist() for [ids] in drawn]], world)
+        results["after_draw"] = step_gradients(model, reference, processor, world, 4096)
+
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
+        adamw_steps(model, processor, optimizer, world, 2)
+        processor.save_pretrained(directory / "source") if world.first else None
+        state = {"step": 2, "best": 0.5}
+        save_checkpoint(directory / "two", model, [optimizer], state, world, source=str(directory / "source"), dtype=torch.float32)
+        adamw_steps(model, processor, optimizer, world, 1)
+        results["trained"] = {name: full(p) for name, p in model.named_parameters()}
+
+        # A checkpoint of one process, read by two, goes on as the one process would.
+        other, _ = make_model(seed=9)
+        other = shard_model(other, world, compute_dtype=torch.float32)
+        optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3, eps=1e-4)
+        load_training_state(directory / "one", other, [optimizer], world)
+        adamw_steps(other, processor, optimizer, world, 1)
+        results["from_one"] = {name: full(p) for name, p in other.named_parameters()}
+    torch.save(results, directory / f"rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """The same computations in this process alone; writes the checkpoint that two processes read."""
+    directory = tmp_path_factory.mktemp("parallel")
+    model, processor = make_model()
+    reference = make_model(seed=4)[0].requires_grad_(False)
+    results = {"directory": directory, "processor": processor}
+    for row_tokens in (60, 150, 4096):
+        results[row_tokens] = step_gradients(model, reference, processor, ALONE, row_tokens)
+    drawn = sample_completions(model, make_prompts(processor, (1, 0, 2, 0)), 1, max_new_tokens=8, eos_ids=[2], temperature=0)
+    results["drawn"] = [ids.tolist() for [ids] in drawn]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
+    adamw_steps(model, processor, optimizer, ALONE, 2)
+    processor.save_pretrained(directory / "source")
+    save_checkpoint(directory / "one", model, [optimizer], {"step": 2, "best": None}, ALONE, source=str(directory / "source"),
+                    dtype=torch.float32)  # fmt: skip
+    results["saved"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    adamw_steps(model, processor, optimizer, ALONE, 1)
+    results["trained"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return results
+
+
+@pytest.fixture(scope="module")
+def double(single):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(two_processes, (port, str(single["directory"])), nprocs=2)
+    return [torch.load(single["directory"] / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def relative_difference(a, b):
+    largest = max(g.abs().max() for g in b.values())
+    return max((a[name] - b[name]).abs().max() / largest for name in b).item()
+
+
+def test_figures_and_rows_of_all_ranks_come_together(double):
+    for results in double:
+        assert results["sum"] == {"a": 3.0, "b": 4.0} and results["max"] == {"a": 2.0}
+        assert results["rows"] == [0, 0, 1, 1] and results["sharded"]
+
+
+@pytest.mark.parametrize("row_tokens", [60, 150])
+def test_gradients_do_not_depend_on_how_a_step_is_cut_into_rows(single, row_tokens):
+    assert single[row_tokens][2] > single[4096][2] == 1
+    assert relative_difference(single[row_tokens][0], single[4096][0]) < 1e-6
+
+
+@pytest.mark.parametrize("row_tokens", [60, 150, 4096])
+def test_two_processes_give_the_gradients_of_one_with_images_on_one_rank_only(single, double, row_tokens):
+    for results in double:
+        assert relative_difference(results[row_tokens][0], single[4096][0]) < 1e-6
+        assert results[row_tokens][2] == double[0][row_tokens][2]
+
+
+def test_two_processes_log_the_figures_of_one(single, double):
+    for results in double:
+        for name in ("loss", "kl", "entropy", "clip_low", "clip_high", "grad_norm"):
+            assert results[60][1][name] == pytest.approx(single[4096][1][name], rel=1e-5, abs=1e-9)
+
+
+def test_a_gathered_model_draws_what_one_process_draws_and_shards_again(single, double):
+    for results in double:
+        first, second = results["drawn"]
+        assert first == [ids[:5] for ids in single["drawn"][:2]] and second == single["drawn"][:3]
+        assert relative_difference(results["after_draw"][0], single[4096][0]) < 1e-6
+
+
+@pytest.mark.parametrize("variant", ["dapo", "dr_grpo", "gspo"])
+def test_every_variant_is_exact_under_any_cut(variant):
+    model, processor = make_model()
+    cut, _, rows = step_gradients(model, None, processor, ALONE, 60, variant=variant, beta=0.0)
+    whole, _, _ = step_gradients(model, None, processor, ALONE, 4096, variant=variant, beta=0.0)
+    assert rows > 1 and relative_difference(cut, whole) < 1e-6
+
+
+def test_a_loss_normalised_per_row_would_fail_the_comparison(single, monkeypatch):
+    def per_row(*arguments, num_completions, num_tokens, **options):
+        return real_loss(*arguments, **options)
+
+    real_loss = train.grpo_loss
+    monkeypatch.setattr(train, "grpo_loss", per_row)
+    model, processor = make_model()
+    wrong, _, _ = step_gradients(model, make_model(seed=4)[0], processor, ALONE, 60)
+    assert relative_difference(wrong, single[4096][0]) > 1e-2
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_all_shards_cover_a_tensor_as_torch_chunk_does():
+    for rows in range(1, 12):
+        for shards in range(1, 6):
+            parts = [torch.arange(rows)[slice(*_row_range(rows, shards, shard))] for shard in range(shards)]
+            chunks = [*torch.arange(rows).chunk(shards), *[torch.empty(0, dtype=torch.long)] * shards][:shards]
+            assert all(part.equal(chunk) for part, chunk in zip(parts, chunks, strict=True))
+
+
+def test_training_goes_on_exactly_from_a_checkpoint(single):
+    model, processor = make_model(seed=8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
+    state = load_training_state(single["directory"] / "one", model, [optimizer], ALONE)
+    assert state["step"] == 2
+    adamw_steps(model, processor, optimizer, ALONE, 1)
+    for name, parameter in model.named_parameters():
+        assert parameter.equal(single["trained"][name]), name
+
+
+def test_a_checkpoint_of_one_process_goes_on_in_two_and_the_other_way_round(single, double):
+    for name, expected in single["trained"].items():
+        assert_close(double[0]["from_one"][name], expected, rtol=1e-5, atol=1e-6)
+        assert_close(double[0]["trained"][name], expected, rtol=1e-5, atol=1e-6)
+    model, processor = make_model(seed=8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
+    load_training_state(single["directory"] / "two", model, [optimizer], ALONE)
+    adamw_steps(model, processor, optimizer, ALONE, 1)
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.detach(), double[0]["trained"][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_a_checkpoint_is_a_hugging_face_directory_that_plain_transformers_loads(single, double, name):
+    directory = single["directory"] / name
+    model = AutoModelForImageTextToText.from_pretrained(directory)
+    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    for key, parameter in model.named_parameters():
+        assert_close(parameter.detach(), single["saved"][key], rtol=1e-5, atol=1e-6)
+    assert {"tokenizer.json", "processor_config.json", "generation_config.json"} <= {path.name for path in directory.iterdir()}
+    assert json.loads((directory / "config.json").read_text())["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
+
+
+def test_a_checkpoint_in_bf16_says_so_and_keeps_fp32_masters(single, tmp_path):
+    model, _ = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
+    save_checkpoint(tmp_path / "low", model, [optimizer], {"step": 0}, ALONE, source=str(single["directory"] / "source"),
+                    dtype=torch.bfloat16)  # fmt: skip
+    assert json.loads((tmp_path / "low" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "low").dtype == torch.bfloat16
+    with safe_open(tmp_path / "low" / "state-00000.safetensors", "pt") as file:
+        assert file.get_tensor("master.lm_head.weight" if "master.lm_head.weight" in file.keys() else next(iter(file.keys()))).dtype == torch.float32
+
+
+def test_a_directory_without_training_state_is_refused(single):
+    with pytest.raises(ValueError, match="trainer.json"):
+        load_training_state(single["directory"] / "source", make_model()[0], [], ALONE)
+
+
+def test_bf16_computes_over_fp32_masters_in_one_process():
+    with process_group(bf16=True) as world:
+        model, processor = make_model()
+        model = shard_model(model, world, compute_dtype=torch.bfloat16)
+        low, figures, _ = step_gradients(model, None, processor, world, 4096, beta=0.0)
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+    exact, reference, _ = step_gradients(make_model()[0], None, processor, ALONE, 4096, beta=0.0)
+    assert all(g.dtype == torch.float32 for g in low.values())
+    assert figures["grad_norm"] == pytest.approx(reference["grad_norm"], rel=0.05)
+    assert 1e-5 < relative_difference(low, exact) < 0.1  # bf16 was really used, and is close

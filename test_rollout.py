@@ -1,0 +1,321 @@
+"""rollout.py against plain Hugging Face: G repeated rows, `generate`, and comparisons that have to fail."""
+
+from functools import partial
+
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import rollout
+import toy
+from data import Sample
+from rollout import completion_logprobs, pack_row, pick_tokens, plan_rows, sample_completions, truncated
+from vlm import banned_token_ids
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return toy.build_processor()
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    return toy.build_model(processor.tokenizer, seed=3).double().eval()
+
+
+def make_prompts(processor, image_counts=(1, 2, 0, 1)):
+    """Prompts of different lengths with so many images each, of different sizes."""
+    prompts, generator = [], torch.Generator().manual_seed(7)
+    for number, count in enumerate(image_counts):
+        sizes = [(64 + 32 * index, 48 + 16 * number) for index in range(count)]
+        images = [
+            Image.fromarray(torch.randint(256, (height, width, 3), generator=generator, dtype=torch.uint8).numpy())
+            for width, height in sizes
+        ]
+        content = [{"type": "image"}] * count + [{"type": "text", "text": "the small red circle" + " above" * number}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        prompts.append(dict(processor(text=[text], images=images or None, return_tensors="pt")))
+    return prompts
+
+
+def make_completions(model, num_prompts, group_size=3):
+    """Ragged random completions, free of vision tokens."""
+    generator = torch.Generator().manual_seed(11)
+    lengths = torch.randint(1, 9, (num_prompts, group_size), generator=generator).tolist()
+    return [[torch.randint(10, 150, (length,), generator=generator) for length in group] for group in lengths]
+
+
+def repeated_logprobs(model, prompts, completions):
+    """The naive way: one plain forward of prompt + completion for every completion."""
+    result = []
+    for prompt, group in zip(prompts, completions, strict=True):
+        rows = []
+        for answer in group:
+            ids = torch.cat([prompt["input_ids"][0], answer])[None]
+            features = {key: prompt[key] for key in ("pixel_values", "image_grid_thw") if key in prompt}
+            types = torch.cat([prompt["mm_token_type_ids"][0], torch.zeros_like(answer)])[None]
+            logits = model(input_ids=ids, mm_token_type_ids=types, **features).logits[0]
+            start = prompt["input_ids"].shape[1]
+            rows.append(logits[start - 1 : -1].log_softmax(1).gather(1, answer[:, None])[:, 0])
+        result.append(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    return result
+
+
+def compare(model, prompts, completions, score=completion_logprobs):
+    """Largest difference of log-probs, and of any parameter's gradient relative to the largest gradient."""
+    weights = [torch.randn(len(group), max(map(len, group)), generator=torch.Generator().manual_seed(5))
+               for group in completions]  # fmt: skip
+    sides = []
+    for function in (score, repeated_logprobs):
+        logprobs = function(model, prompts, completions)
+        loss = sum((values * weight).sum() for values, weight in zip(logprobs, weights, strict=True))
+        names = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, [p for _, p in names], allow_unused=True)
+        sides.append((torch.cat([v.detach().flatten() for v in logprobs]), gradients))
+    difference = (sides[0][0] - sides[1][0]).abs().max().item()
+    largest = max(g.abs().max() for g in sides[1][1] if g is not None)
+    gradient = max(
+        ((a if a is not None else 0) - (b if b is not None else 0)).abs().max() / largest
+        for a, b in zip(sides[0][1], sides[1][1], strict=True)
+        if not (a is None and b is None)
+    )
+    return difference, gradient.item()
+
+
+# ---- scoring -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", [(1,), (0,), (3,), (1, 2, 0, 1)])
+def test_a_packed_row_scores_as_repeated_rows_do_in_float64(model, processor, counts):
+    prompts = make_prompts(processor, counts)
+    difference, gradient = compare(model, prompts, make_completions(model, len(prompts)))
+    assert difference < 1e-6 and gradient < 1e-6  # HF casts norms and rotary angles to fp32 in a float64 model
+
+
+def test_a_packed_row_scores_as_repeated_rows_do_in_float32(model, processor):
+    prompts = make_prompts(processor)
+    single = toy.build_model(processor.tokenizer, seed=3).eval()
+    difference, gradient = compare(single, prompts, make_completions(single, len(prompts)))
+    assert difference < 1e-5 and gradient < 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing(processor):
+    from vlm import checkpoint_activations
+
+    prompts = make_prompts(processor, (1, 0))
+    checked = toy.build_model(processor.tokenizer, seed=3).double()
+    completions = make_completions(checked, 2)
+    plain = [v.detach() for v in completion_logprobs(checked, prompts, completions)]
+    checkpoint_activations(checked)
+    checked.train()
+    for a, b in zip(plain, completion_logprobs(checked, prompts, completions), strict=True):
+        assert_close(a, b)
+    difference, gradient = compare(checked, prompts, completions)
+    assert difference < 1e-6 and gradient < 1e-6
+
+
+def test_positions_that_go_on_through_all_completions_fail_the_comparison(model, processor, monkeypatch):
+    def not_restarted(*arguments):
+        row = pack_row(*arguments)
+        positions = row.inputs["position_ids"].clone()
+        end = row.spans[0][1]
+        positions[:, :, end:] = positions[:, :, end - 1 : end] + 1 + torch.arange(positions.shape[2] - end)
+        row.inputs["position_ids"] = positions
+        return row
+
+    monkeypatch.setattr(rollout, "pack_row", not_restarted)
+    prompts = make_prompts(processor, (1,))
+    difference, gradient = compare(model, prompts, make_completions(model, 1))
+    assert difference > 1e-3 and gradient > 1e-3
+
+
+def test_a_plain_causal_mask_fails_the_comparison(model, processor, monkeypatch):
+    monkeypatch.setattr(rollout, "segment_mask", lambda group, part: torch.ones(1, 1, len(part), len(part)).bool().tril())
+    prompts = make_prompts(processor, (1,))
+    difference, gradient = compare(model, prompts, make_completions(model, 1))
+    assert difference > 1e-3 and gradient > 1e-3
+
+
+def test_completions_that_start_at_the_prompts_length_fail_the_comparison(model, processor, monkeypatch):
+    def by_length(*arguments):
+        row = pack_row(*arguments)
+        start, end = row.spans[0]
+        shift = (end - start) - (row.inputs["position_ids"][0, 0, start:end].max() + 1)
+        assert shift > 0
+        positions = row.inputs["position_ids"].clone()
+        positions[:, :, end:] += shift
+        row.inputs["position_ids"] = positions
+        return row
+
+    monkeypatch.setattr(rollout, "pack_row", by_length)
+    prompts = make_prompts(processor, (1,))
+    difference, _ = compare(model, prompts, make_completions(model, 1))
+    assert difference > 1e-3
+
+
+def test_temperature_and_banned_ids_reach_the_training_softmax(model, processor):
+    prompts, banned = make_prompts(processor, (1,)), [20, 21]
+    completions = [[torch.tensor([30, 31, 32])]]
+    [ours] = completion_logprobs(model, prompts, completions, temperature=0.5, banned_ids=banned)
+    prompt = prompts[0]
+    ids = torch.cat([prompt["input_ids"][0], completions[0][0]])[None]
+    types = torch.cat([prompt["mm_token_type_ids"], torch.zeros(1, 3, dtype=torch.long)], 1)
+    logits = model(input_ids=ids, mm_token_type_ids=types, pixel_values=prompt["pixel_values"],
+                   image_grid_thw=prompt["image_grid_thw"]).logits[0, -4:-1] / 0.5  # fmt: skip
+    logits[:, banned] = -torch.inf
+    assert_close(ours[0], logits.log_softmax(1).gather(1, completions[0][0][:, None])[:, 0], rtol=1e-6, atol=1e-6)
+
+
+def test_prompts_and_completions_are_left_as_they_were(model, processor):
+    prompts = make_prompts(processor, (1, 0))
+    completions = make_completions(model, 2)
+    before = [{key: value.clone() for key, value in prompt.items()} for prompt in prompts]
+    completion_logprobs(model, prompts, completions)
+    sample_completions(model, prompts, 2, max_new_tokens=2, eos_ids=[2])
+    for prompt, copy in zip(prompts, before, strict=True):
+        assert prompt.keys() == copy.keys() and all(prompt[key].equal(copy[key]) for key in copy)
+
+
+def test_another_attention_kernel_is_refused_before_it_gives_wrong_numbers(processor):
+    eager = toy.build_model(processor.tokenizer)
+    eager.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="sdpa"):
+        completion_logprobs(eager, make_prompts(processor, (0,)), [[torch.tensor([30])]])
+
+
+def test_image_prompts_without_token_types_are_refused(model, processor):
+    prompt = {key: value for key, value in make_prompts(processor, (1,))[0].items() if key != "mm_token_type_ids"}
+    with pytest.raises(ValueError, match="mm_token_type_ids"):
+        completion_logprobs(model, [prompt], [[torch.tensor([30])]])
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_hold_every_completion_once_and_keep_to_the_budget():
+    prompt_lengths, lengths = [10, 50, 30, 10], [[5, 9], [20, 20, 20], [1], [7, 8, 9, 10]]
+    rows = plan_rows(prompt_lengths, lengths, 100)
+    placed = sorted((prompt, index) for row in rows for prompt, indices in row for index in indices)
+    assert placed == [(p, i) for p, group in enumerate(lengths) for i in range(len(group))]
+    for row in rows:
+        assert sum(prompt_lengths[p] + sum(lengths[p][i] for i in indices) for p, indices in row) <= 100
+
+
+def test_a_group_longer_than_a_row_is_split_and_its_prompt_repeated():
+    assert plan_rows([60], [[20, 20, 20]], 100) == [[(0, [0, 1])], [(0, [2])]]
+    assert plan_rows([60], [[200], [5]][:1], 100) == [[(0, [0])]]  # one completion cannot be split
+
+
+def test_splitting_groups_over_rows_leaves_log_probs_and_gradients_the_same(model, processor):
+    prompts = make_prompts(processor)
+    completions = make_completions(model, 4)
+
+    def by_rows(model, prompts, completions):
+        found = {}
+        sizes = [prompt["input_ids"].shape[1] for prompt in prompts]
+        rows = plan_rows(sizes, [[len(ids) for ids in group] for group in completions], 60)
+        assert len(rows) > 4
+        for row in rows:
+            parts = completion_logprobs(
+                model, [prompts[p] for p, _ in row], [[completions[p][i] for i in indices] for p, indices in row]
+            )
+            for (prompt, indices), part in zip(row, parts, strict=True):
+                found |= {(prompt, index): part[place] for place, index in enumerate(indices)}
+        return [
+            torch.nn.utils.rnn.pad_sequence([found[p, i][: len(ids)] for i, ids in enumerate(group)], batch_first=True)
+            for p, group in enumerate(completions)
+        ]
+
+    difference, gradient = compare(model, prompts, completions, by_rows)
+    assert difference < 1e-6 and gradient < 1e-6
+
+
+# ---- drawing -------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_tokens_are_those_of_generate(model, processor):
+    prompts = make_prompts(processor, (1, 2, 0, 1))
+    drawn = sample_completions(model, prompts, 1, max_new_tokens=12, eos_ids=[2], temperature=0)
+    for prompt, [ids] in zip(prompts, drawn, strict=True):
+        expected = model.generate(**prompt, max_new_tokens=12, do_sample=False, eos_token_id=2)
+        assert ids.tolist() == expected[0, prompt["input_ids"].shape[1] :].tolist()
+
+
+def test_completions_stop_at_their_end_token_and_keep_it(model, processor):
+    prompts = make_prompts(processor)
+    # With a fifth of the vocabulary as end tokens, rows finish at different times and are dropped on the way.
+    ends = list(range(10, 50))
+    drawn = sample_completions(model, prompts, 6, max_new_tokens=12, eos_ids=ends, generator=torch.Generator().manual_seed(0))
+    flat = [ids.tolist() for group in drawn for ids in group]
+    assert len(drawn) == 4 and all(len(group) == 6 for group in drawn)
+    assert len({len(ids) for ids in flat}) > 3
+    for ids in flat:
+        assert not set(ids[:-1]) & set(ends)
+        assert ids[-1] in ends or len(ids) == 12
+
+
+def test_log_probs_while_drawing_are_those_of_the_packed_row(model, processor):
+    prompts, banned = make_prompts(processor), banned_token_ids(model, processor)
+    options = {"temperature": 0.8, "banned_ids": banned}
+    drawn, logprobs = sample_completions(
+        model, prompts, 4, max_new_tokens=10, eos_ids=list(range(10, 40)), top_p=0.9, return_logprobs=True,
+        generator=torch.Generator().manual_seed(1), **options,
+    )  # fmt: skip
+    scored = completion_logprobs(model, prompts, drawn, **options)
+    for group, rows in zip(logprobs, scored, strict=True):
+        for values, row in zip(group, rows, strict=True):
+            assert_close(values, row[: len(values)].detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_drawn_tokens_follow_the_softmax_at_the_temperature():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 5.0]], dtype=torch.float64)
+    ids, _ = pick_tokens(logits.expand(200_000, -1), temperature=2.0, banned_ids=[4], generator=torch.Generator().manual_seed(0))
+    expected = (logits[0, :4] / 2).softmax(0)
+    counts = torch.bincount(ids, minlength=5).double() / len(ids)
+    assert counts[4] == 0
+    # the standard error is 0.0011 at most, so five of them are exceeded about once in 400,000 seeds
+    assert (counts[:4] - expected).abs().max() < 0.0056
+
+
+def test_drawing_is_repeated_by_the_same_generator_and_changed_by_another(model, processor):
+    draw = partial(sample_completions, model, make_prompts(processor, (1, 0)), 3, max_new_tokens=6, eos_ids=[2])
+    first, again, other = (draw(generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    same = [[a.equal(b) for a, b in zip(x, y, strict=True)] for x, y in zip(first, again, strict=True)]
+    assert all(all(row) for row in same)
+    assert [ids.tolist() for ids in first[0]] != [ids.tolist() for ids in other[0]]
+
+
+def test_banned_tokens_are_never_drawn(model, processor):
+    banned = list(range(0, 200))
+    drawn = sample_completions(model, make_prompts(processor, (1,)), 4, max_new_tokens=5, eos_ids=[2], banned_ids=banned)
+    assert all(int(token) >= 200 for ids in drawn[0] for token in ids)
+
+
+def test_top_k_and_top_p_keep_the_likeliest_tokens_and_never_none():
+    logprobs = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    assert truncated(logprobs, 2, 1.0).isfinite().tolist() == [[True, True, False, False]]
+    assert truncated(logprobs, 0, 0.6).isfinite().tolist() == [[True, True, False, False]]
+    assert truncated(logprobs, 0, 0.5).isfinite().tolist() == [[True, False, False, False]]
+    assert truncated(logprobs, 0, 1e-9).isfinite().tolist() == [[True, False, False, False]]
+    assert truncated(logprobs, 99, 1.0).equal(logprobs)
+
+
+def test_drawing_leaves_the_model_in_the_mode_it_was_in(model, processor):
+    model.train()
+    sample_completions(model, make_prompts(processor, (0,)), 1, max_new_tokens=1, eos_ids=[2])
+    assert model.training
+    model.eval()
+
+
+def test_many_prompts_prefilled_in_several_rows_draw_the_same(model, processor, monkeypatch):
+    prompts = make_prompts(processor, (1, 2, 0, 1))
+    draw = partial(sample_completions, model, prompts, 1, max_new_tokens=6, eos_ids=[2], temperature=0)
+    together = draw()
+    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 40)
+    for a, b in zip(together, draw(), strict=True):
+        assert a[0].equal(b[0])
+
+
+def test_a_blank_sample_type_is_importable():
+    assert Sample("id", "q", "a", (), "", False, "source").images == ()
