@@ -227,7 +227,9 @@ def _header_size(path: str) -> tuple[int, int] | str:
 
 
 def _shown_size(image: Image.Image) -> tuple[int, int]:
-    sideways = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation: turned by a quarter
+    # getexif decodes a whole PNG in search of a block that may follow the pixels; opening has read what precedes them.
+    exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+    sideways = exif.get(0x0112, 1) >= 5  # orientation: turned by a quarter
     return image.size[::-1] if sideways else image.size
 
 

@@ -242,7 +242,7 @@ def greedy_matches(
 def _f1(predicted: list[Item], true: list[Item]) -> float:
     """The mean over COCO's thresholds of F1 under one matching, which admits no pair with different labels."""
     ious, same = _comparison(predicted, true)
-    overlaps = [ious[pair] for pair in greedy_matches(np.where(same, ious, 0.0))]
+    overlaps = [float(ious[pair]) for pair in greedy_matches(np.where(same, ious, 0.0))]
     # The best pairs are taken first, so the matching at a higher threshold is the beginning of the one at 0.5.
     hits = sum(overlap >= threshold for overlap in overlaps for threshold in IOU_THRESHOLDS)
     return 2 * hits / len(IOU_THRESHOLDS) / (len(predicted) + len(true))
@@ -278,7 +278,7 @@ def _detection(
 
 # VLM-R1's choice is a letter before a sign or the end. Where there is none, (A), A), [A], **A** and <b>A</b> are too.
 _CHOICE = re.compile(r"(?<![A-Z])[A-Z](?=[.,?!:;]|$)")
-_MARKED_CHOICE = re.compile(r"(?<![\w'])(?<!\w[(\[{])[A-Z](?=[)\]}*_\"<”）】。，：；！？、])")
+_MARKED_CHOICE = re.compile(r"(?<![\w'])(?<!\w[(\[])[A-Z](?=[)\]}*_\"<”）】。，：；！？、])")
 _CHOICE_WORDS = "答案 选择 正确 是 对 ANSWER CORRECT CHOOSE SELECT RIGHT 认为 应该 觉得 THINK BELIEVE SHOULD".split()
 
 

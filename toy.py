@@ -108,12 +108,17 @@ def paint_scene(rng: np.random.Generator, shapes: list[Shape]) -> Image.Image:
 
 
 def attribute_question(rng: np.random.Generator, shapes: list[Shape], target: Shape) -> str | None:
-    """Words that mean the target alone: its shape, and colour or size or both; None if two look alike."""
-    choices = [(colour, size) for colour in (False, True) for size in (False, True)]
-    for index in rng.permutation(len(choices)):
-        colour, size = choices[index]
-        alike = [s for s in shapes if s.shape == target.shape and (not colour or s.colour == target.colour)
-                 and (not size or s.size == target.size)]  # fmt: skip
+    """Words that mean the target alone: its shape, and mostly its colour, and often its size; None if two look alike."""
+    forms = [(True, False), (True, True), (False, False), (False, True)]  # colour named, size named
+    for index in rng.choice(len(forms), len(forms), replace=False, p=[0.45, 0.35, 0.1, 0.1]):
+        colour, size = forms[index]
+        alike = [
+            other
+            for other in shapes
+            if other.shape == target.shape
+            and (not colour or other.colour == target.colour)
+            and (not size or other.size == target.size)
+        ]
         if len(alike) == 1:
             return " ".join(["the", *[target.size] * size, *[target.colour] * colour, target.shape])
     return None
