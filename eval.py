@@ -19,11 +19,12 @@ from transformers import ProcessorMixin
 from transformers.hf_argparser import HfArg
 
 import toy
-from data import BadSample, Sample, check_samples, read_samples, template_text
+from data import BadSample, Sample, template_text
+from options import RunConfig, compute_dtype, parse_options
 from parallel import World, all_gather, gathered, launch, process_group, shard_model
 from rewards import first_box, iou, load_reward
 from rollout import sample_completions
-from run import RunConfig, RunLog, compute_dtype, parse_options
+from run import RunLog, load_samples
 from vlm import MAX_PIXELS, banned_token_ids, build_prompt, eos_token_ids, load_model, to_image_box
 
 TASKS = ("rec", "text")
@@ -52,7 +53,7 @@ class Config:
         load_reward(self.reward)
         if not self.data:
             raise ValueError("data is empty: name at least one file to evaluate on")
-        if len(self.image_root) not in (1, len(self.data)):
+        if len(self.image_root) not in (0, 1, len(self.data)):
             raise ValueError(
                 f"{len(self.image_root)} image_root for {len(self.data)} data files: give one for all or one each"
             )
@@ -60,9 +61,16 @@ class Config:
 
 
 def greedy_rows(
-    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], world: World, *,
-    template: str, max_completion_tokens: int, batch_size: int, reward: str = "iou",
-) -> list[dict]:  # fmt: skip
+    model: nn.Module,
+    processor: ProcessorMixin,
+    samples: Sequence[Sample],
+    world: World,
+    *,
+    template: str,
+    max_completion_tokens: int,
+    batch_size: int,
+    reward: str = "iou",
+) -> list[dict]:
     """A row per sample with its greedy answer, in the order of the samples; every rank answers its share.
 
     A row holds what a reader wants to see: the truth and the box answered in pixels of the original image, the overlap
@@ -84,13 +92,20 @@ def greedy_rows(
             if not prompts:
                 continue
             inputs = [prompt.inputs for prompt in prompts.values()]
-            answers = sample_completions(model, inputs, 1, max_new_tokens=max_completion_tokens, eos_ids=eos,
-                                         temperature=0, banned_ids=banned)  # fmt: skip
+            answers = sample_completions(
+                model, inputs, 1, max_new_tokens=max_completion_tokens, eos_ids=eos, temperature=0, banned_ids=banned
+            )
             for (number, prompt), [ids] in zip(prompts.items(), answers, strict=True):
                 text = tokenizer.decode(ids, skip_special_tokens=True)
-                row = {"index": number, "id": prompt.sample.id, "question": prompt.sample.question,
-                       "images": prompt.sample.images, "answer": prompt.sample.answer, "completion": text,
-                       "truncated": int(ids[-1]) not in eos}  # fmt: skip
+                row = {
+                    "index": number,
+                    "id": prompt.sample.id,
+                    "question": prompt.sample.question,
+                    "images": prompt.sample.images,
+                    "answer": prompt.sample.answer,
+                    "completion": text,
+                    "truncated": int(ids[-1]) not in eos,
+                }
                 name = prompt.sample.reward or reward
                 if name in ("iou", "giou"):
                     box = first_box(text)
@@ -103,7 +118,7 @@ def greedy_rows(
 
 
 def summarize(rows: Sequence[dict]) -> dict[str, float]:
-    """The figures of a task: accuracy at IoU 0.5 and 0.75, mean IoU, or the mean reward; with what went wrong beside."""
+    """The figures of a task: accuracy at IoU 0.5 and 0.75 and mean IoU, or the mean reward; and what went wrong."""
     good = [row for row in rows if "bad_sample" not in row]
     if not good:
         raise ValueError(
@@ -113,9 +128,14 @@ def summarize(rows: Sequence[dict]) -> dict[str, float]:
     if "iou" in good[0]:
         overlaps = np.array([row["iou"] for row in good])
         low, high = bootstrap_interval(overlaps > 0.5)
-        summary |= {"accuracy": float((overlaps > 0.5).mean()), "accuracy_low": low, "accuracy_high": high,
-                    "accuracy_75": float((overlaps > 0.75).mean()), "mean_iou": float(overlaps.mean()),
-                    "unparsed": float(np.mean([row["box"] is None for row in good]))}  # fmt: skip
+        summary |= {
+            "accuracy": float((overlaps > 0.5).mean()),
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "accuracy_75": float((overlaps > 0.75).mean()),
+            "mean_iou": float(overlaps.mean()),
+            "unparsed": float(np.mean([row["box"] is None for row in good])),
+        }
     else:
         values = np.array([row["reward"] for row in good])
         low, high = bootstrap_interval(values)
@@ -124,16 +144,29 @@ def summarize(rows: Sequence[dict]) -> dict[str, float]:
 
 
 def evaluate_sets(
-    model: nn.Module, processor: ProcessorMixin, eval_sets: dict[str, list[Sample]], step: int, config: RunConfig,
-    world: World, log: RunLog, *, reward: str,
-) -> float | None:  # fmt: skip
+    model: nn.Module,
+    processor: ProcessorMixin,
+    eval_sets: dict[str, list[Sample]],
+    step: int,
+    config: RunConfig,
+    world: World,
+    log: RunLog,
+    *,
+    reward: str,
+) -> float | None:
     """Evaluates a model in training on each set, prints and logs the figures; the first set's headline comes back."""
     score = None
     for name, samples in eval_sets.items():
         rows = greedy_rows(
-            model, processor, samples, world, template=config.template, max_completion_tokens=config.max_completion_tokens,
-            batch_size=config.eval_batch_size, reward=reward,
-        )  # fmt: skip
+            model,
+            processor,
+            samples,
+            world,
+            template=config.template,
+            max_completion_tokens=config.max_completion_tokens,
+            batch_size=config.eval_batch_size,
+            reward=reward,
+        )
         summary = summarize(rows)
         score = summary[headline(summary)] if score is None else score
         log.write("eval.jsonl", step, {f"eval/{name}/{key}": value for key, value in summary.items()})
@@ -155,23 +188,26 @@ def bootstrap_interval(values: np.ndarray, *, resamples: int = 2000, seed: int =
 
 def main(config: Config) -> None:
     dtype = compute_dtype(config.dtype)
-    samples = []
-    for number, path in enumerate(config.data):
-        root = config.image_root[number % len(config.image_root)]
-        samples += read_samples(path, root, has_boxes=config.task == "rec")
-    if config.limit:
-        random.Random(config.seed).shuffle(samples)
-        samples = samples[: config.limit]
     with process_group(bf16=dtype == torch.bfloat16) as world:
-        check_samples(samples, progress=world.first)
+        sets = load_samples(config.data, config.image_root, has_boxes=config.task == "rec", progress=world.first)
+        samples = [sample for part in sets for sample in part]
+        if config.limit:
+            random.Random(config.seed).shuffle(samples)
+            samples = samples[: config.limit]
         model, processor = load_model(
             config.model, max_pixels=config.max_pixels, min_pixels=config.min_pixels, dtype=dtype
         )
         model = shard_model(model, world, compute_dtype=dtype, trained=False)
         rows = greedy_rows(
-            model, processor, samples, world, template=config.template, batch_size=config.batch_size,
-            max_completion_tokens=config.max_completion_tokens, reward="iou" if config.task == "rec" else config.reward,
-        )  # fmt: skip
+            model,
+            processor,
+            samples,
+            world,
+            template=config.template,
+            batch_size=config.batch_size,
+            max_completion_tokens=config.max_completion_tokens,
+            reward="iou" if config.task == "rec" else config.reward,
+        )
         if world.first:
             summary = summarize(rows)
             print(json.dumps(summary, indent=1))

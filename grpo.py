@@ -71,8 +71,10 @@ def grpo_loss(
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is unknown: choose one of {', '.join(VARIANTS)}")
     if (ref_logprobs is None) != (beta == 0):
-        raise ValueError(f"beta is {beta} and ref_logprobs is {'None' if ref_logprobs is None else 'given'}: a penalty "
-                         "needs both, no penalty neither")  # fmt: skip
+        raise ValueError(
+            f"beta is {beta} and ref_logprobs is {'None' if ref_logprobs is None else 'given'}: a penalty "
+            "needs both, no penalty neither"
+        )
     assert logprobs.shape == old_logprobs.shape == mask.shape and advantages.shape == mask.shape[:1]
     lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]; an empty completion adds nothing, and no 0 / 0
     num_completions = len(mask) if num_completions is None else num_completions
@@ -119,7 +121,7 @@ def grpo_loss(
 def linear_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """Logits [T, V] of hidden states [T, H] under a head [V, H], in fp32 or better.
 
-    A bf16 logit near 20 is rounded to 0.125, which moves a ratio by several percent; the inputs may be bf16, the sum not.
+    A bf16 logit near 20 is rounded to 0.125, which moves a ratio by several percent: inputs may be bf16, the sum not.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     if hidden.is_cuda and hidden.dtype != dtype:

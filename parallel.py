@@ -1,12 +1,12 @@
 """Processes, sharding and checkpoints: everything that knows how many ranks there are.
 
-One process per GPU, started here or by torchrun. FSDP2 shards each decoder layer, each vision block and the root; masters
-stay fp32 while bf16 computes, since at a learning rate of 1e-6 bf16 weights lose their updates. The CPU in fp32 runs the
-same code without sharding. Left out: tensor, context and pipeline parallelism, CPU offload.
+One process per GPU, started here or by torchrun. FSDP2 shards each decoder layer, each vision block and the root;
+masters stay fp32 while bf16 computes, since at a learning rate of 1e-6 bf16 weights lose their updates. The CPU in fp32
+runs the same code without sharding. Left out: tensor, context and pipeline parallelism, CPU offload.
 
-A checkpoint is a Hugging Face directory (the weights as they computed) plus the training state: per rank one safetensors
-file with its rows of the fp32 masters and of the optimizer's moments, and one JSON. Nothing in it is unpickled, and any
-number of ranks can read it, because a shard is a range of rows.
+A checkpoint is a Hugging Face directory (the weights as they computed) plus the training state: per rank one
+safetensors file with its rows of the fp32 masters and of the optimizer's moments, and one JSON. Nothing in it is
+unpickled, and any number of ranks can read it, because a shard is a range of rows.
 """
 
 import json
@@ -36,9 +36,9 @@ from vlm import DECODER_LAYERS, family_of, trainable
 
 # What else a Hugging Face directory of a VLM may hold; copied as it is, so that other engines find what they expect.
 SIDE_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "chat_template.json", "chat_template.jinja", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json",
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.model",
+    "added_tokens.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 
 
@@ -69,8 +69,14 @@ def launch(main: Callable, *arguments: object) -> None:
 
 
 def _worker(rank: int, count: int, port: int, main: Callable, arguments: tuple) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(count),
+        LOCAL_WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     main(*arguments)
 
 
@@ -155,7 +161,7 @@ def shard_model(model: nn.Module, world: World, *, compute_dtype: torch.dtype, t
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Within, every rank holds the whole model in its compute dtype: no collective runs, so ranks may differ in length."""
+    """Within, every rank holds the whole model in its compute dtype: no collectives, so ranks may differ in length."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
@@ -183,9 +189,15 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
 
 
 def save_checkpoint(
-    directory: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict, world: World, *,
-    source: str, dtype: torch.dtype,
-) -> None:  # fmt: skip
+    directory: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    state: dict,
+    world: World,
+    *,
+    source: str,
+    dtype: torch.dtype,
+) -> None:
     """Writes a Hugging Face directory plus training state beside `directory`, then renames: it is whole or not there.
 
     `source` is where the model came from (tokenizer and processor files are copied), `state` goes into trainer.json.
@@ -222,8 +234,9 @@ def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
 def copy_side_files(source: str, directory: Path) -> None:
     """Copies tokenizer, processor and chat template files of a local or hub checkpoint."""
     for name in SIDE_FILES:
-        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False,
-                           _raise_exceptions_for_connection_errors=False)  # fmt: skip
+        path = cached_file(
+            source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
         if path is not None:
             shutil.copyfile(path, directory / name)
 

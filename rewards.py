@@ -78,13 +78,14 @@ def clean_text(text: str) -> str:
 
 def count_tokens(text: str) -> int:
     """About how many tokens a text has: words (long ones by eight letters), digits, signs and line breaks."""
-    return sum(1 for _ in re.finditer(r"[^\W\d_]{1,8}|\S|\n", text))  # VLM-R1 asks its tokenizer, which is not text
+    return len(re.findall(r"[^\W\d_]{1,8}|\S|\n", text))  # VLM-R1 asks its tokenizer, which a reward does not have
 
 
 def parse_json(text: str):
     """The value of a JSON text, None where it is not JSON or nested too deeply."""
     brackets = re.findall(r"[][{}]", text)
-    if max(itertools.accumulate(1 if b in "[{" else -1 for b in brackets), default=0) > MAX_DEPTH:
+    depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
+    if len(brackets) > MAX_DEPTH and max(depths) > MAX_DEPTH:
         return None
     try:
         return json.loads(text, parse_int=float)  # int refuses more than 4,300 digits
@@ -160,10 +161,9 @@ def box_ious(
     with np.errstate(all="ignore"):  # what is not finite is set to 0 below
         p_size, t_size = p[..., 2:] - p[..., :2], t[..., 2:] - t[..., :2]
         sides = np.minimum(p[..., :2] + p_size, t[..., :2] + t_size) - np.maximum(p[..., :2], t[..., :2])  # [P, T, 2]
-        overlap = sides.prod(-1)
-        union = p_size.prod(-1) + t_size.prod(-1) - overlap
-        valid = (sides > 0).all(-1) & (union > 0) & (union < np.inf)
-        return np.where(valid, overlap / union, 0.0)
+        overlap = np.maximum(sides[..., 0], 0) * np.maximum(sides[..., 1], 0)
+        union = p_size[..., 0] * p_size[..., 1] + t_size[..., 0] * t_size[..., 1] - overlap
+        return np.where((overlap > 0) & (union > 0) & (union < np.inf), overlap / union, 0.0)
 
 
 def average_precision(
@@ -173,17 +173,21 @@ def average_precision(
 ) -> float:
     """COCO's AP of one image: the mean precision over true classes, thresholds and 101 recalls; 0 without truth."""
     # Boxes of other classes cost nothing, in COCO too: the loophole that od_length closes (arXiv 2504.07615, 4.3).
-    classes = {label: k for k, label in enumerate(dict.fromkeys(label for box, label in true if box and _counts(box)))}
-    wanted = [(box, classes[label]) for box, label in true if box and _counts(box)]
-    found = [(box, classes[label]) for box, label in predicted if box and label in classes]
-    ious = box_ious([box for box, _ in found], [box for box, _ in wanted]).tolist()
-    scores = []
-    for k in classes.values():
-        places = [t for t, (_, kind) in enumerate(wanted) if kind == k]
-        rows = [(box, row) for (box, kind), row in zip(found, ious, strict=True) if kind == k][:MAX_DETECTIONS]
-        options = [[(row[t], t) for t in places if row[t] >= min(thresholds)] for _, row in rows]
-        counted = [_counts(box) for box, _ in rows]
-        scores += [_mean_precision(_hit_ranks(options, counted, t), len(places)) for t in thresholds]
+    true = [(box, label) for box, label in true if box and _counts(box)]
+    classes = {label: k for k, label in enumerate(dict.fromkeys(label for _, label in true))}
+    wanted, found, seen = [classes[label] for _, label in true], [], [0] * len(classes)
+    for box, label in predicted:
+        if box and label in classes and seen[classes[label]] < MAX_DETECTIONS:
+            found.append((box, classes[label]))
+            seen[classes[label]] += 1
+    ious = box_ious([box for box, _ in found], [box for box, _ in true])
+    same = np.equal.outer([k for _, k in found], wanted)  # [P, T]
+    rows = [(k, _counts(box), []) for box, k in found]
+    for p, t in np.argwhere(same & (ious >= min(thresholds))).tolist():
+        rows[p][2].append((float(ious[p, t]), t))
+    totals, scores = [wanted.count(k) for k in classes.values()], []
+    for threshold in thresholds:
+        scores += map(_mean_precision, _hit_ranks(rows, len(classes), threshold), totals)
     return sum(scores) / len(scores) if scores else 0.0
 
 
@@ -192,18 +196,19 @@ def _counts(box: Sequence[float]) -> bool:
     return 0 <= (box[2] - box[0]) * (box[3] - box[1]) <= MAX_AREA or not all(map(math.isfinite, box))
 
 
-def _hit_ranks(options: list[list[tuple[float, int]]], counted: list[bool], threshold: float) -> list[int]:
-    """The ranks of the hits: each prediction in turn takes the best true box left, of equals the last, as in COCO."""
-    taken, ranks, rank = set(), [], 0
-    for candidates, counts in zip(options, counted, strict=True):
+def _hit_ranks(rows: list[tuple[int, bool, list]], num_classes: int, threshold: float) -> list[list[int]]:
+    """The ranks of the hits within each class: each prediction takes the best true box left, of equals the last."""
+    # A row has the class, whether the prediction counts without a hit, and the (IoU, t) of the boxes it may take.
+    taken, rank, ranks = set(), [0] * num_classes, [[] for _ in range(num_classes)]
+    for k, counts, candidates in rows:
         best, chosen = threshold, None
         for overlap, t in candidates:
             if overlap >= best and t not in taken:
                 best, chosen = overlap, t
-        rank += counts or chosen is not None
+        rank[k] += counts or chosen is not None
         if chosen is not None:
             taken.add(chosen)
-            ranks.append(rank)
+            ranks[k].append(rank[k])
     return ranks
 
 
@@ -424,7 +429,7 @@ def format_reward(completion: str, answer: str) -> float:
     """1 for exactly a thought and an answer, either of them possibly empty, with only white space in between."""
     # VLM-R1 matches all of <think>.*?</think>\s*<answer>.*?</answer>; a line break at the end fails there and here.
     tags = _THINK_TO_ANSWER.search(completion, 7) if completion.startswith("<think>") else None
-    return float(bool(tags) and completion.endswith("</answer>") and tags.end() <= len(completion) - 9)
+    return float(tags is not None and completion.endswith("</answer>"))
 
 
 def od_ap(completion: str, answer: str) -> float:
@@ -547,7 +552,8 @@ def _listed(text: str) -> list | None:
     listed = fences[0].strip() if fences and fences[0].strip() else _labelled_list(text)
     values = parse_json(listed)
     if values is None:  # broken JSON: the objects that are whole, where VLM-R1 needs json_repair
-        values = [value for part in re.findall(r"\{[^{}]*\}", listed) if (value := parse_json(part))]
+        parts = [part for part in re.findall(r"\{[^{}]*\}", listed) if '"bbox_2d"' in part and '"label"' in part]
+        values = [value for part in parts if (value := parse_json(part))]
     return values if isinstance(values, list) else None
 
 

@@ -240,16 +240,19 @@ def sample_completions(
     model.eval()  # dropout off; and in train mode gradient checkpointing drops the cache
     with torch.no_grad():
         cache, logits, visible, positions = prefill(model, prompts, group_size)
-        pick = partial(pick_tokens, temperature=temperature, top_k=top_k, top_p=top_p, banned_ids=banned_ids,
-                       generator=generator)  # fmt: skip
+        pick = partial(
+            pick_tokens, temperature=temperature, top_k=top_k, top_p=top_p, banned_ids=banned_ids, generator=generator
+        )
         drawn, logprobs, lengths = decode(model, cache, logits, visible, positions, pick, max_new_tokens, eos_ids)
     model.train(was_training)
     lengths = lengths.tolist()
     grouped = [
-        [[values[row, : lengths[row]] for row in range(start, start + group_size)]
-         for start in range(0, len(lengths), group_size)]
+        [
+            [values[row, : lengths[row]] for row in range(start, start + group_size)]
+            for start in range(0, len(lengths), group_size)
+        ]
         for values in (drawn, logprobs)
-    ]  # fmt: skip
+    ]
     return (grouped[0], grouped[1]) if return_logprobs else grouped[0]
 
 
@@ -270,8 +273,10 @@ def prefill(
         logits.append(root_forward(model, next_logits)(row.inputs, last, cache))
         nexts.append(row.next_positions)
         for number, layer in enumerate(cache.layers):
-            states = [[_left_padded(part[:, :, slice(*span)], longest) for span in row.spans]
-                      for part in (layer.keys, layer.values)]  # fmt: skip
+            states = [
+                [_left_padded(part[:, :, slice(*span)], longest) for span in row.spans]
+                for part in (layer.keys, layer.values)
+            ]
             layers.extend([([], [])] if number == len(layers) else [])
             layers[number][0].extend(states[0])
             layers[number][1].extend(states[1])

@@ -1,7 +1,6 @@
-"""What train.py and sft.py share: the options they both have, optimizer and schedule, the samples of a step, the log.
+"""The life of a run, the same for train.py and sft.py: samples, optimizer, log, checkpoints, and how it stops.
 
-Nothing here knows rewards or losses. Options are dataclass fields: the command line, `--help`, config.json and the
-code all have the same names, and what no code reads does not exist.
+Nothing here knows rewards or losses.
 """
 
 import json
@@ -13,149 +12,22 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import torch
 import transformers
 from torch import nn
 from tqdm import tqdm
-from transformers import HfArgumentParser, ProcessorMixin
-from transformers.hf_argparser import HfArg
+from transformers import ProcessorMixin
 
-import toy
-from data import BadSample, Sample, check_samples, read_samples, step_indices, template_text
+from data import BadSample, Sample, check_samples, read_samples, step_indices
 from grpo import CHUNK_LOGITS
+from options import RunConfig, compute_dtype
 from parallel import World, all_gather, all_sum, load_training_state, save_checkpoint, shard_model
-from vlm import MAX_PIXELS, Prompt, build_prompt, load_model, trainable
+from vlm import Prompt, build_prompt, load_model, trainable
 
 MAX_BAD_SHARE = 0.01  # of the samples used; more than that is a broken data set, not a broken file
-# Options that another value than the saved one may be given for when a run is resumed; the others make it another run.
-FREE_ON_RESUME = frozenset({"resume", "output_dir", "steps", "row_tokens", "eval_every", "eval_batch_size", "save_every",
-                            "keep_checkpoints", "log_completions_every", "tensorboard", "wandb", "dry_run",
-                            "gradient_checkpointing"})  # fmt: skip
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    model: str = HfArg(
-        default=str(toy.MODEL), help="hub name or directory; without it the toy is trained, under its preset"
-    )
-    data: list[str] = HfArg(default_factory=list, help="training files in VLM-R1's JSONL format")
-    image_root: list[str] = HfArg(default_factory=list, help="image directory of each data file, or one for all; the file's own by default")
-    template: str = HfArg(default="rec", help="prompt template: a name of data.TEMPLATES or a text with {question}")
-    max_pixels: int = HfArg(default=MAX_PIXELS, help="pixels of an image at most; a larger one is shrunk")
-    min_pixels: int = HfArg(default=3136, help="pixels of an image at least; a smaller one is enlarged")
-    freeze_vision: bool = HfArg(default=False, help="leave the vision tower as it is")
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, a third more time")
-    dtype: Literal["auto", "bf16", "fp32"] = HfArg(
-        default="auto", help="compute in; auto is bf16 on a GPU. Masters are fp32"
-    )
-    shard_within_node: bool = HfArg(default=False, help="several nodes: shard within each, replicate across (HSDP)")
-    prompts_per_step: int = HfArg(default=16, help="prompts per optimizer step, over all GPUs")
-    row_tokens: int = HfArg(default=8192, help="tokens of a packed row, the micro-batch: the knob for memory")
-    steps: int = HfArg(default=0, help="steps to train; 0 for --epochs")
-    epochs: float = HfArg(default=1.0, help="passes over the data, where --steps is 0")
-    optimizer: Literal["adamw", "muon"] = HfArg(
-        default="adamw", help="muon: on the matrices, AdamW at a tenth on the rest"
-    )
-    learning_rate: float = HfArg(default=1e-6, help="peak learning rate")
-    schedule: Literal["constant", "linear", "cosine"] = HfArg(
-        default="constant", help="after the warm-up: stay, or fall to 0"
-    )
-    warmup_steps: int = HfArg(default=0, help="steps over which the learning rate rises from 0")
-    weight_decay: float = HfArg(default=0.0, help="decoupled weight decay")
-    max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm")
-    max_completion_tokens: int = HfArg(default=2048, help="tokens of a completion at most, in drawing and evaluation")
-    eval_data: list[str] = HfArg(
-        default_factory=list, help="evaluation files; the first decides which checkpoint is best"
-    )
-    eval_image_root: list[str] = HfArg(
-        default_factory=list, help="image directory of each evaluation file, or one for all"
-    )
-    held_out: int = HfArg(
-        default=200, help="without eval_data: samples kept from training, at most a twentieth of them"
-    )
-    eval_every: int = HfArg(default=100, help="steps between evaluations; one comes before the first step; 0 for none")
-    eval_batch_size: int = HfArg(default=32, help="answers decoded together per process")
-    save_every: int = HfArg(default=100, help="steps between checkpoints; the last step is saved always")
-    keep_checkpoints: int = HfArg(default=2, help="newest checkpoints kept, besides the best")
-    seed: int = HfArg(default=0, help="of the data order and of what is drawn")
-    output_dir: str = HfArg(default="", help="where the run is written; runs/DATE-TIME by default")
-    resume: str = HfArg(default="", help="output directory of a run to go on with, under the options saved there")
-    tensorboard: bool = HfArg(default=False, help="write the metrics for tensorboard too")
-    wandb: bool = HfArg(default=False, help="send the metrics to wandb too")
-    dry_run: bool = HfArg(default=False, help="print what a run would do and need, and stop")
-
-    def __post_init__(self) -> None:
-        """Refuses what is contradictory, before anything is loaded."""
-        if not self.data:
-            raise ValueError(f"data is empty: with --model {self.model} name at least one file, --data F.jsonl")
-        for data, roots in (("data", "image_root"), ("eval_data", "eval_image_root")):
-            files, given = len(getattr(self, data)), len(getattr(self, roots))
-            if given not in (0, 1, files):
-                raise ValueError(f"{given} {roots} for {files} files in {data}: give one for all, one for each, or none")
-        for name in ("prompts_per_step", "row_tokens", "max_completion_tokens", "eval_batch_size", "save_every",
-                     "keep_checkpoints", "learning_rate", "max_grad_norm", "min_pixels"):  # fmt: skip
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
-        for name in ("steps", "warmup_steps", "weight_decay", "held_out", "eval_every", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
-        if self.steps == 0 and self.epochs <= 0:
-            raise ValueError(f"steps is 0 and epochs {self.epochs}: one of them must say how long to train")
-        if self.max_pixels < self.min_pixels:
-            raise ValueError(f"max_pixels {self.max_pixels} is below min_pixels {self.min_pixels}")
-        if self.steps and self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} leaves nothing of {self.steps} steps")
-        template_text(self.template)
-
-
-def parse_options(config_class: type, argv: Sequence[str], preset: dict):
-    """The options of an entry point from the command line; unknown ones are an error.
-
-    Without --model the preset of the toy stands in for the defaults; with --resume the run's saved options do.
-    """
-    parser = HfArgumentParser(config_class, allow_abbrev=False)
-    given = _given_options(config_class, argv)
-    if given.get("resume"):
-        saved = _saved_options(Path(given["resume"]), config_class)
-        for name, value in given.items():
-            if name not in FREE_ON_RESUME and value != saved[name]:
-                raise ValueError(f"{name} was {saved[name]!r} in the run resumed and is {value!r} now: leave it out, or "
-                                 "start a new run")  # fmt: skip
-        parser.set_defaults(**saved)
-    elif "model" not in given:
-        toy.write_data()
-        parser.set_defaults(**preset)
-    return parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)[0]
-
-
-def _given_options(config_class: type, argv: Sequence[str]) -> dict:
-    """The options that the command line names, parsed."""
-    parser, absent = HfArgumentParser(config_class, allow_abbrev=False), object()
-    parser.set_defaults(**{field.name: absent for field in fields(config_class)})
-    return {name: value for name, value in vars(parser.parse_known_args(list(argv))[0]).items() if value is not absent}
-
-
-def _saved_options(run: Path, config_class: type) -> dict:
-    path = run / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; --resume takes the output directory of a run")
-    saved = json.loads(path.read_text())["options"]
-    names = {field.name for field in fields(config_class)}
-    if names != set(saved):
-        raise ValueError(
-            f"{path}: written by another version or entry point; the options differ: {sorted(names ^ set(saved))}"
-        )
-    return {**saved, "resume": str(run), "output_dir": str(run)}
-
-
-def compute_dtype(name: str) -> torch.dtype:
-    """bf16 or fp32 for "auto", "bf16" or "fp32"."""
-    bf16 = torch.cuda.is_available() if name == "auto" else name == "bf16"
-    return torch.bfloat16 if bf16 else torch.float32
 
 
 def open_run(config: RunConfig, world: World) -> Path:
@@ -178,14 +50,17 @@ def load_policy(config: RunConfig, world: World) -> tuple[nn.Module, ProcessorMi
             f"prompts_per_step {config.prompts_per_step} is below the {world.size} processes: each needs a prompt"
         )
     model, processor = load_model(
-        config.model, max_pixels=config.max_pixels, min_pixels=config.min_pixels, freeze_vision=config.freeze_vision,
+        config.model,
+        max_pixels=config.max_pixels,
+        min_pixels=config.min_pixels,
+        freeze_vision=config.freeze_vision,
         gradient_checkpointing=config.gradient_checkpointing,
-    )  # fmt: skip
+    )
     return shard_model(model, world, compute_dtype=compute_dtype(config.dtype)), processor
 
 
 def load_reference(config: RunConfig, world: World) -> nn.Module:
-    """The frozen model that the KL penalty measures from: the one training started with, sharded, in the compute dtype."""
+    """The frozen model that the KL penalty measures from: the one training started with, in the compute dtype."""
     dtype = compute_dtype(config.dtype)
     model, _ = load_model(config.model, dtype=dtype)
     return shard_model(model.requires_grad_(False), world, compute_dtype=dtype, trained=False)
@@ -216,7 +91,13 @@ def learning_rate_factor(step: int, steps: int, warmup_steps: int, schedule: str
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
+    factors = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        "trapezoid": min(1.0, 4 * (1 - progress)),
+    }
+    return factors[schedule]
 
 
 def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> float:
@@ -251,9 +132,16 @@ class PromptFeed:
     """The prompts of each step, this rank's share; samples that turn out broken are set aside, named and replaced."""
 
     def __init__(
-        self, samples: Sequence[Sample], processor: ProcessorMixin, config: RunConfig, family: str, world: World
+        self,
+        samples: Sequence[Sample],
+        processor: ProcessorMixin,
+        config: RunConfig,
+        family: str,
+        world: World,
+        log: Path,
     ):
         self.samples, self.processor, self.config, self.family, self.world = samples, processor, config, family, world
+        self.log = log
         self.broken: dict[int, str] = {}  # sample -> reason
         self.used = 0
 
@@ -283,9 +171,13 @@ class PromptFeed:
         self.broken[index] = str(error)
         sample = self.samples[index]
         tqdm.write(f"warning: {sample.source} is set aside: {error}")
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"source": sample.source, "id": sample.id, "reason": str(error)}) + "\n")
         if len(self.broken) > max(2, MAX_BAD_SHARE * self.used):
-            raise ValueError(f"{len(self.broken)} of {self.used} samples used are broken, more than {MAX_BAD_SHARE:.0%}: mend "
-                             "the data; the first of them: " + "; ".join(list(self.broken.values())[:5]))  # fmt: skip
+            raise ValueError(
+                f"{len(self.broken)} of {self.used} samples used are broken, more than {MAX_BAD_SHARE:.0%}: mend the "
+                f"data; they are named in {self.log}, the last one: {error}"
+            )
 
 
 def load_run_samples(
@@ -322,8 +214,15 @@ class CheckpointKeeper:
         self.best = self.best if best is None else best
         path = self.directory / f"step-{step:06d}"
         state = {"step": step, "best": self.best}
-        save_checkpoint(path, self.model, self.optimizers, state, self.world, source=self.config.model,
-                        dtype=compute_dtype(self.config.dtype))  # fmt: skip
+        save_checkpoint(
+            path,
+            self.model,
+            self.optimizers,
+            state,
+            self.world,
+            source=self.config.model,
+            dtype=compute_dtype(self.config.dtype),
+        )
         if not self.world.first:
             return
         if best is not None:
@@ -357,7 +256,7 @@ class CheckpointKeeper:
 
 
 class RunLog:
-    """One flat dict per step: a line of metrics.jsonl, and tensorboard and wandb where asked for; rank 0 alone writes."""
+    """One flat dict per step: a line of metrics.jsonl, tensorboard and wandb where asked for; rank 0 alone writes."""
 
     def __init__(self, out: Path, config: RunConfig, world: World, start_step: int):
         self.out, self.first, self.boards = out, world.first, []
@@ -421,7 +320,7 @@ def _clock(world: World) -> float:
 
 
 class StopSignal:
-    """Set by the first SIGINT or SIGTERM, so that the step in progress is finished and saved; a second one stops at once."""
+    """Set by the first SIGINT or SIGTERM, so that the step in progress ends and is saved; a second stops at once."""
 
     def __init__(self):
         self.received = False
@@ -464,30 +363,29 @@ def memory_estimate(model: nn.Module, world: World, config: RunConfig, *, refere
 
 def describe_run(
     model: nn.Module,
-    feed: PromptFeed,
+    processor: ProcessorMixin,
+    samples: Sequence[Sample],
     config: RunConfig,
     world: World,
     steps: int,
     *,
     completions: int,
     reference: bool,
-) -> None:
-    """Prints what `--dry_run` promises: sizes, lengths of 64 prompts spread over the data, an estimate of memory."""
-    stride = max(1, len(feed.samples) // 64)
-    prompts = [
-        build_prompt(feed.processor, sample, family=feed.family, template=config.template)
-        for sample in feed.samples[::stride]
-    ]
+) -> str:
+    """What `--dry_run` prints: sizes, lengths of 64 prompts spread over the data, an estimate of memory."""
+    family, chosen = model.config.model_type, samples[:: max(1, len(samples) // 64)]
+    prompts = [build_prompt(processor, sample, family=family, template=config.template) for sample in chosen]
     lengths = sorted(prompt.inputs["input_ids"].shape[1] for prompt in prompts)
     memory = memory_estimate(model, world, config, reference=reference)
+    per_step = config.prompts_per_step
+    trained, total = sum(p.numel() for _, p in trainable(model)), sum(p.numel() for p in model.parameters())
     lines = [
-        f"{len(feed.samples):,} samples; {config.prompts_per_step} prompts and {config.prompts_per_step * completions} completions a step; "
-        f"{len(feed.samples) / config.prompts_per_step:,.1f} steps an epoch; {steps:,} steps",
-        f"prompt tokens, images included, of {len(lengths)} samples: median {lengths[len(lengths) // 2]:,}, longest {lengths[-1]:,}",
-        f"{sum(p.numel() for _, p in trainable(model)):,} of {sum(p.numel() for p in model.parameters()):,} parameters trained, "
-        f"{world.size} process(es)",
+        f"{len(samples):,} samples; {per_step} prompts and {per_step * completions} completions a step; "
+        f"{len(samples) / per_step:,.1f} steps an epoch; {steps:,} steps",
+        f"prompt tokens, images included, of {len(lengths)} samples: median {lengths[len(lengths) // 2]:,}, "
+        f"longest {lengths[-1]:,}",
+        f"{trained:,} of {total:,} parameters trained, {world.size} process(es)",
         f"estimated memory per process: {sum(memory.values()):.2f} GB",
         *(f"{size:10.2f} GB  {name}" for name, size in memory.items()),
     ]
-    if world.first:
-        print("\n".join(lines))
+    return "\n".join(lines)

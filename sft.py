@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, the baseline the paper compares GRPO with: same data, prompts, sharding, evaluation, checkpoints.
+"""Supervised fine-tuning, the baseline the paper compares GRPO with, on the same data, prompts, sharding and evaluator.
 
 The loss is on the answer's tokens alone, averaged over all of them in the step; several samples share a packed row.
 A true box is written as {"bbox_2d": [x1, y1, x2, y2]}, rounded to whole numbers in the space the model answers in.
@@ -18,22 +18,20 @@ from transformers.hf_argparser import HfArg
 import toy
 from data import IMAGE_MARK, answer_boxes, move_answer_boxes
 from eval import evaluate_sets
+from options import RunConfig, compute_dtype, parse_options
 from parallel import World, all_sum, clip_gradients, gradient_scale, launch, process_group
 from rollout import completion_logprobs, plan_rows
 from run import (
     CheckpointKeeper,
     PromptFeed,
-    RunConfig,
     RunLog,
     StopSignal,
-    compute_dtype,
     describe_run,
     learning_rate_factor,
     load_policy,
     load_run_samples,
     make_optimizers,
     open_run,
-    parse_options,
     peak_memory_gb,
     set_learning_rate,
     timed,
@@ -68,9 +66,14 @@ def response_ids(processor: ProcessorMixin, prompt: Prompt, response: str) -> Te
 
 
 def train_step(
-    policy: nn.Module, processor: ProcessorMixin, optimizers: list, prompts: list[Prompt], blank: Prompt, config: Config,
+    policy: nn.Module,
+    processor: ProcessorMixin,
+    optimizers: list,
+    prompts: list[Prompt],
+    blank: Prompt,
+    config: Config,
     world: World,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """One optimizer step on these prompts' answers; its figures, summed over ranks."""
     answers = [response_ids(processor, prompt, config.response) for prompt in prompts]
     num_tokens = all_sum({"tokens": float(sum(map(len, answers)))}, world)["tokens"]
@@ -103,12 +106,13 @@ def main(config: Config) -> None:
         samples, eval_sets = load_run_samples(config, world, has_boxes=config.reward == "iou")
         policy, processor = load_policy(config, world)
         steps = config.steps or math.ceil(config.epochs * len(samples) / config.prompts_per_step)
-        feed = PromptFeed(samples, processor, config, policy.config.model_type, world)
         if config.dry_run:
-            describe_run(policy, feed, config, world, steps, completions=1, reference=False)
+            text = describe_run(policy, processor, samples, config, world, steps, completions=1, reference=False)
+            print(text if world.first else "", end="\n" * world.first)
             return
         optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
         out = open_run(config, world)
+        feed = PromptFeed(samples, processor, config, policy.config.model_type, world, out / "bad_samples.jsonl")
         keeper = CheckpointKeeper(out, policy, optimizers, config, world)
         start = keeper.resume() if config.resume else 0
         log, stop = RunLog(out, config, world, start), StopSignal()

@@ -1,4 +1,4 @@
-"""parallel.py and the exactness of a step: two real processes against one, any cut into rows, images on one rank only."""
+"""parallel.py and the exactness of a step: two processes against one, any cut into rows, images on one rank only."""
 
 import json
 import os
@@ -35,7 +35,9 @@ from train import Rollout, learn, make_rows, reference_logprobs
 from vlm import Prompt, blank_prompt, trainable
 
 ALONE = World(0, 1, torch.device("cpu"), None)
-CONFIG = train.Config(data=["unused"], prompts_per_step=4, group_size=3, beta=0.1, max_grad_norm=1e9, max_completion_tokens=9)
+CONFIG = train.Config(
+    data=["unused"], prompts_per_step=4, group_size=3, beta=0.1, max_grad_norm=1e9, max_completion_tokens=9
+)
 GROUP = CONFIG.group_size
 
 
@@ -68,8 +70,15 @@ def make_rollout(model, processor, world):
     prompts = [Prompt(i, "", Sample("s", "q", "a", (), "", False, "test"), None, None) for i in inputs]
     totals = rewards.view(4, GROUP)[mine].flatten()
     widest = max(len(ids) for group in completions[mine] for ids in group)
-    return Rollout(prompts[mine], completions[mine], torch.zeros(len(totals), widest), [""] * len(totals), totals[:, None],
-                   totals, group_advantages(totals, GROUP))  # fmt: skip
+    return Rollout(
+        prompts[mine],
+        completions[mine],
+        torch.zeros(len(totals), widest),
+        [""] * len(totals),
+        totals[:, None],
+        totals,
+        group_advantages(totals, GROUP),
+    )
 
 
 def step_gradients(model, reference, processor, world, row_tokens, **changes):
@@ -87,7 +96,16 @@ def adamw_steps(model, processor, optimizer, world, count):
     config = replace(CONFIG, beta=0.0)
     for _ in range(count):
         rollout = make_rollout(model, processor, world)
-        learn(model, [optimizer], rollout, make_rows(rollout, config, world, blank_prompt(processor)), None, config, world, [])
+        learn(
+            model,
+            [optimizer],
+            rollout,
+            make_rows(rollout, config, world, blank_prompt(processor)),
+            None,
+            config,
+            world,
+            [],
+        )
 
 
 def full(tensor):
@@ -96,8 +114,8 @@ def full(tensor):
 
 def two_processes(rank, port, directory):
     """Everything that needs two ranks, in one job, since starting one takes seconds; results go to files."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))  # fmt: skip
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     directory, results = Path(directory), {}
     with process_group(bf16=False) as world:
@@ -106,7 +124,9 @@ def two_processes(rank, port, directory):
         results["rows"] = all_gather([rank, rank], world)
         model, processor = make_model()
         model = shard_model(model, world, compute_dtype=torch.float32)
-        reference = shard_model(make_model(seed=4)[0].requires_grad_(False), world, compute_dtype=torch.float32, trained=False)
+        reference = shard_model(
+            make_model(seed=4)[0].requires_grad_(False), world, compute_dtype=torch.float32, trained=False
+        )
         results["sharded"] = all(isinstance(p, DTensor) for p in model.parameters())
         for row_tokens in (60, 150, 4096):
             results[row_tokens] = step_gradients(model, reference, processor, world, row_tokens)
@@ -121,7 +141,9 @@ def two_processes(rank, port, directory):
         adamw_steps(model, processor, optimizer, world, 2)
         processor.save_pretrained(directory / "source") if world.first else None
         state = {"step": 2, "best": 0.5}
-        save_checkpoint(directory / "two", model, [optimizer], state, world, source=str(directory / "source"), dtype=torch.float32)
+        save_checkpoint(
+            directory / "two", model, [optimizer], state, world, source=str(directory / "source"), dtype=torch.float32
+        )
         adamw_steps(model, processor, optimizer, world, 1)
         results["trained"] = {name: full(p) for name, p in model.named_parameters()}
 
@@ -144,13 +166,22 @@ def single(tmp_path_factory):
     results = {"directory": directory, "processor": processor}
     for row_tokens in (60, 150, 4096):
         results[row_tokens] = step_gradients(model, reference, processor, ALONE, row_tokens)
-    drawn = sample_completions(model, make_prompts(processor, (1, 0, 2, 0)), 1, max_new_tokens=8, eos_ids=[2], temperature=0)
+    drawn = sample_completions(
+        model, make_prompts(processor, (1, 0, 2, 0)), 1, max_new_tokens=8, eos_ids=[2], temperature=0
+    )
     results["drawn"] = [ids.tolist() for [ids] in drawn]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
     adamw_steps(model, processor, optimizer, ALONE, 2)
     processor.save_pretrained(directory / "source")
-    save_checkpoint(directory / "one", model, [optimizer], {"step": 2, "best": None}, ALONE, source=str(directory / "source"),
-                    dtype=torch.float32)  # fmt: skip
+    save_checkpoint(
+        directory / "one",
+        model,
+        [optimizer],
+        {"step": 2, "best": None},
+        ALONE,
+        source=str(directory / "source"),
+        dtype=torch.float32,
+    )
     results["saved"] = {name: p.detach().clone() for name, p in model.named_parameters()}
     adamw_steps(model, processor, optimizer, ALONE, 1)
     results["trained"] = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -262,19 +293,35 @@ def test_a_checkpoint_is_a_hugging_face_directory_that_plain_transformers_loads(
     assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
     for key, parameter in model.named_parameters():
         assert_close(parameter.detach(), single["saved"][key], rtol=1e-5, atol=1e-6)
-    assert {"tokenizer.json", "processor_config.json", "generation_config.json"} <= {path.name for path in directory.iterdir()}
-    assert json.loads((directory / "config.json").read_text())["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
+    assert {"tokenizer.json", "processor_config.json", "generation_config.json"} <= {
+        path.name for path in directory.iterdir()
+    }
+    assert json.loads((directory / "config.json").read_text())["architectures"] == [
+        "Qwen2_5_VLForConditionalGeneration"
+    ]
 
 
 def test_a_checkpoint_in_bf16_says_so_and_keeps_fp32_masters(single, tmp_path):
     model, _ = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
-    save_checkpoint(tmp_path / "low", model, [optimizer], {"step": 0}, ALONE, source=str(single["directory"] / "source"),
-                    dtype=torch.bfloat16)  # fmt: skip
+    save_checkpoint(
+        tmp_path / "low",
+        model,
+        [optimizer],
+        {"step": 0},
+        ALONE,
+        source=str(single["directory"] / "source"),
+        dtype=torch.bfloat16,
+    )
     assert json.loads((tmp_path / "low" / "config.json").read_text())["dtype"] == "bfloat16"
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "low").dtype == torch.bfloat16
     with safe_open(tmp_path / "low" / "state-00000.safetensors", "pt") as file:
-        assert file.get_tensor("master.lm_head.weight" if "master.lm_head.weight" in file.keys() else next(iter(file.keys()))).dtype == torch.float32
+        assert (
+            file.get_tensor(
+                "master.lm_head.weight" if "master.lm_head.weight" in file.keys() else next(iter(file.keys()))
+            ).dtype
+            == torch.float32
+        )
 
 
 def test_a_directory_without_training_state_is_refused(single):

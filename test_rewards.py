@@ -81,7 +81,7 @@ def test_iou_counts_overlaps_of_one_pixel_and_less_which_vlm_r1_does_not():
 )
 def test_empty_inverted_and_infinite_boxes_overlap_nothing(box):
     assert iou(box, [0, 0, 10, 10]) == iou([0, 0, 10, 10], box) == iou(box, box) == 0.0
-    assert -1.0 <= giou(box, [0, 0, 10, 10]) <= 0.0
+    assert -1.0 <= giou(box, [0, 0, 10, 10]) == giou([0, 0, 10, 10], box) <= 0.0
 
 
 def test_boxes_whose_area_overflows_give_numbers():
@@ -89,14 +89,17 @@ def test_boxes_whose_area_overflows_give_numbers():
     assert iou(huge, huge) == iou(huge, [0, 0, 1, 1]) == 0.0 and giou(huge, [0, 0, 1, 1]) == -1.0
 
 
-def test_iou_counts_cells_and_does_not_change_when_both_boxes_move_and_grow():
+def test_overlaps_are_those_of_counting_cells_and_stay_when_both_boxes_move_and_grow():
     draw = random.Random(0)
     for _ in range(200):
         a, b = ([x, y, x + w, y + h] for x, y, w, h in ([draw.randint(1, 40) for _ in range(4)] for _ in "ab"))
         moved = [[3 * c[0] + 7, 3 * c[1] - 5, 3 * c[2] + 7, 3 * c[3] - 5] for c in (a, b)]
         assert iou(a, b) == iou(b, a) == pytest.approx(iou(*moved), abs=1e-12)
         cells = [{(x, y) for x in range(c[0], c[2]) for y in range(c[1], c[3])} for c in (a, b)]
-        assert iou(a, b) == pytest.approx(len(cells[0] & cells[1]) / len(cells[0] | cells[1]), abs=1e-15)
+        either, both = cells[0] | cells[1], cells[0] & cells[1]
+        hull = math.prod(max(cell[i] for cell in either) + 1 - min(cell[i] for cell in either) for i in (0, 1))
+        assert iou(a, b) == pytest.approx(len(both) / len(either), abs=1e-15)
+        assert giou(a, b) == giou(b, a) == pytest.approx(iou(a, b) - 1 + len(either) / hull, abs=1e-12)
 
 
 def test_giou_takes_off_the_empty_share_of_the_enclosing_box():
@@ -263,6 +266,22 @@ def test_f1_charges_duplicates_wrong_labels_absent_classes_and_loose_boxes():
     assert detect("od_f1", [MOVED_CAT, DOG]) == pytest.approx((6 * 1.0 + 4 * 0.5) / 10)  # IoU 0.75 passes 6 of 10
 
 
+def test_the_101st_box_of_a_class_is_not_looked_at():
+    wrong = [{"bbox_2d": [200 + i, 200, 240 + i, 240], "label": "cat"} for i in range(100)]
+    assert detect("od_ap", [*wrong[:99], CAT], [CAT]) == pytest.approx(1 / 100)
+    assert detect("od_ap", [*wrong, CAT], [CAT]) == 0.0
+    assert detect("od_ap", [*(relabelled(item, "zebra") for item in wrong), CAT], [CAT]) == 1.0
+
+
+def test_of_two_true_boxes_that_overlap_equally_the_later_is_taken():
+    left, right, between = (
+        {"bbox_2d": [x, 0, x + 10, 10], "label": "cat"} for x in (0, 2, 1)
+    )  # IoU 9/11, 9/11 and 2/3
+    one, half = 51 / 101, 0.5 * 51 / 101  # a hit of rank 1 or 2 alone: half of the recalls
+    assert detect("od_ap", [between, left], [left, right]) == pytest.approx((7 + 3 * half) / 10, abs=1e-12)
+    assert detect("od_ap", [between, left], [right, left]) == pytest.approx((4 + 3 * one + 3 * half) / 10, abs=1e-12)
+
+
 def best_first(ious: list[list[float]], floor: float) -> list[tuple[int, int]]:
     """A one-to-one matching by looking for the best pair again and again, as VLM-R1 does."""
     pairs, rows, columns = [], list(range(len(ious))), list(range(len(ious[0])))
@@ -303,7 +322,8 @@ def random_image(draw: random.Random) -> tuple[list, list]:
             spread = draw.choice([0, 0, 1, 4, 12, 30])
             label = label if draw.random() < 0.85 else draw.choice(["cat", "dog", "zebra"])
             predicted.append(([v + spread * draw.uniform(-1, 1) for v in corners], label))
-    predicted += [(box(), draw.choice(["cat", "dog", "zebra"])) for _ in range(draw.choice([0, 0, 1, 3, 130]))]
+    crowd = draw.choice([["cat", "dog", "zebra"], labels[:1]])
+    predicted += [(box(), draw.choice(crowd)) for _ in range(draw.choice([0, 0, 0, 1, 3, 130]))]
     predicted += [([v[2], v[1], v[0], v[3]], label) for v, label in predicted[:2] if draw.random() < 0.2]
     predicted += [([0.0, 0.0, 2e5, 2e5], draw.choice(labels))] * (draw.random() < 0.05)
     true += [([v[0], v[3], v[2], v[1]], label) for v, label in true[:1] if draw.random() < 0.1]
@@ -432,7 +452,7 @@ def test_overlap_is_soft_and_a_text_without_a_box_scores_nothing():
         ("[20, 20]", 1.0),
         ("click(20.5, 10)", 1.0),
         ('{"point_2d": [30, 40], "label": "ok"}', 1.0),
-        ("[10, 10, 30, 30]", 1.0),  # the centre of a box
+        ("[0, 0, 40, 40]", 1.0),  # the centre of a box
         ("[31, 20]", 0.0),
         ("[20, 41] then [20, 20]", 0.0),
         ("[NaN, 20]", 0.0),
@@ -537,7 +557,15 @@ def test_mathematical_answers_that_are_the_same(said, true):
 
 @pytest.mark.parametrize(
     ("said", "true"),
-    [("42", "43"), ("1000000", "1000001"), ("0.33", "1/3"), ("3 apples", "4 apples"), ("2x", "2"), ("2:3", "3")]
+    [
+        ("42", "43"),
+        ("1000000", "1000001"),
+        ("1000.001", "1000.002"),
+        ("0.33", "1/3"),
+        ("3 apples", "4 apples"),
+        ("2x", "2"),
+        ("2:3", "3"),
+    ]
     + [
         ("1/0", "0"),
         ("9^9^9^9^9", "1"),
@@ -673,6 +701,11 @@ def test_repetition_counts_items_of_a_list_and_else_runs_of_six_words():
     assert repeated(fenced([CAT | {"bbox_2d": [i, i, 50, 50]} for i in range(5)])) == 0.0
     assert repeated(fenced([{"x": 1}] * 5)) == repeated("") == repeated("a b c d e") == 0.0
     assert repeated("A b c d e f a B c d e f") == pytest.approx(1 / 7 * 6 - 1)
+    assert (
+        repeated(fenced([CAT] * 5) + fenced([CAT]))
+        == repeated(fenced([CAT] * 5) + "```\n[1]```")
+        == pytest.approx(-0.8)
+    )
     assert repeated(fenced([CAT] * 5).replace("}]", "},]")) == pytest.approx(-0.8)  # VLM-R1 needs json_repair for this
     assert repeated(fenced([5, None, "x", CAT, CAT])) == pytest.approx(-0.5)  # VLM-R1 raises a TypeError
 

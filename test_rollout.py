@@ -131,7 +131,9 @@ def test_positions_that_go_on_through_all_completions_fail_the_comparison(model,
 
 
 def test_a_plain_causal_mask_fails_the_comparison(model, processor, monkeypatch):
-    monkeypatch.setattr(rollout, "segment_mask", lambda group, part: torch.ones(1, 1, len(part), len(part)).bool().tril())
+    monkeypatch.setattr(
+        rollout, "segment_mask", lambda group, part: torch.ones(1, 1, len(part), len(part)).bool().tril()
+    )
     prompts = make_prompts(processor, (1,))
     difference, gradient = compare(model, prompts, make_completions(model, 1))
     assert difference > 1e-3 and gradient > 1e-3
@@ -246,7 +248,9 @@ def test_completions_stop_at_their_end_token_and_keep_it(model, processor):
     prompts = make_prompts(processor)
     # With a fifth of the vocabulary as end tokens, rows finish at different times and are dropped on the way.
     ends = list(range(10, 50))
-    drawn = sample_completions(model, prompts, 6, max_new_tokens=12, eos_ids=ends, generator=torch.Generator().manual_seed(0))
+    drawn = sample_completions(
+        model, prompts, 6, max_new_tokens=12, eos_ids=ends, generator=torch.Generator().manual_seed(0)
+    )
     flat = [ids.tolist() for group in drawn for ids in group]
     assert len(drawn) == 4 and all(len(group) == 6 for group in drawn)
     assert len({len(ids) for ids in flat}) > 3
@@ -270,7 +274,9 @@ def test_log_probs_while_drawing_are_those_of_the_packed_row(model, processor):
 
 def test_drawn_tokens_follow_the_softmax_at_the_temperature():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 5.0]], dtype=torch.float64)
-    ids, _ = pick_tokens(logits.expand(200_000, -1), temperature=2.0, banned_ids=[4], generator=torch.Generator().manual_seed(0))
+    ids, _ = pick_tokens(
+        logits.expand(200_000, -1), temperature=2.0, banned_ids=[4], generator=torch.Generator().manual_seed(0)
+    )
     expected = (logits[0, :4] / 2).softmax(0)
     counts = torch.bincount(ids, minlength=5).double() / len(ids)
     assert counts[4] == 0
@@ -288,7 +294,9 @@ def test_drawing_is_repeated_by_the_same_generator_and_changed_by_another(model,
 
 def test_banned_tokens_are_never_drawn(model, processor):
     banned = list(range(0, 200))
-    drawn = sample_completions(model, make_prompts(processor, (1,)), 4, max_new_tokens=5, eos_ids=[2], banned_ids=banned)
+    drawn = sample_completions(
+        model, make_prompts(processor, (1,)), 4, max_new_tokens=5, eos_ids=[2], banned_ids=banned
+    )
     assert all(int(token) >= 200 for ids in drawn[0] for token in ids)
 
 

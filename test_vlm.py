@@ -68,7 +68,9 @@ def test_true_boxes_move_into_pixels_of_the_resized_image_or_into_a_thousand(che
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("image_size, input_size", [((640, 480), (644, 476)), ((3, 2000), (28, 5600)), ((17, 13), (56, 28))])
+@pytest.mark.parametrize(
+    "image_size, input_size", [((640, 480), (644, 476)), ((3, 2000), (28, 5600)), ((17, 13), (56, 28))]
+)
 def test_a_box_goes_to_the_model_and_back_unchanged(family, image_size, input_size):
     box = [0.25, 1, image_size[0] - 0.5, image_size[1]]
     there = to_model_box(box, image_size, input_size, family)
@@ -85,11 +87,17 @@ def test_text_answers_are_left_alone(checkpoint, photo):
 
 def test_the_template_and_the_images_reach_the_prompt(checkpoint, photo):
     processor = load_processor(str(checkpoint), min_pixels=256)
-    prompt = build_prompt(processor, sample([photo, photo], question="the <image> above <image>"), family="qwen2_5_vl", template="no {question}")
+    prompt = build_prompt(
+        processor,
+        sample([photo, photo], question="the <image> above <image>"),
+        family="qwen2_5_vl",
+        template="no {question}",
+    )
     text = processor.tokenizer.decode(prompt.inputs["input_ids"][0])
     assert prompt.inputs["image_grid_thw"].shape == (2, 3)
     assert text.replace("<|image_pad|>", "") == (
-        "<|im_start|>user\nno the <|vision_start|><|vision_end|> above <|vision_start|><|vision_end|><|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\nno the <|vision_start|><|vision_end|> above <|vision_start|><|vision_end|><|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
 
 
@@ -108,7 +116,9 @@ def test_vision_tokens_and_rows_without_a_token_are_banned_and_words_are_not(che
     model, processor = load_model(str(checkpoint))
     model.resize_token_embeddings(len(processor.tokenizer) + 5)
     banned = {*banned_token_ids(model, processor)}
-    named = processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
+    named = processor.tokenizer.convert_tokens_to_ids(
+        ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    )
     assert banned == {*named, *range(len(processor.tokenizer), len(processor.tokenizer) + 5)}
     assert not banned & {*eos_token_ids(model, processor)}
 

@@ -4,12 +4,15 @@ Scenes of coloured shapes on a noisy ground, questions that mean exactly one of 
 real thing, only small: the class Qwen2_5_VLForConditionalGeneration, its image processor, a chat template, a tokenizer,
 images and JSONL on disk in VLM-R1's format. So the toy goes through the code a 3B model goes through.
 
-`toy_model/` holds the start: taught by sft.py on boxes annotated loosely (every side pushed out by 5 to 45%), it answers
-in format and finds the object but not its edges. Imitating loose boxes cannot tighten them; a reward from the true box can.
-`python toy.py` writes the scenes; `python toy.py --start True` also what the start is made from, and prints the command.
+`toy_model/` holds the start: taught by sft.py on boxes annotated loosely (every side pushed out by 5 to 45%), it
+answers in format and finds the object but not its edges. Imitating loose boxes cannot tighten them; a reward computed
+from the true box can.
 """
 
 import json
+import os
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +72,9 @@ class Shape:
 # ---- scenes --------------------------------------------------------------------------------------------------------
 
 
-def draw_scene(rng: np.random.Generator, *, unseen_pairs: bool = False) -> list[Shape]:
-    """Two to four shapes that do not touch; with `unseen_pairs` the first has a colour and shape never trained on."""
-    count, shapes = rng.integers(2, 5), []
+def draw_scene(rng: np.random.Generator, *, fewest: int = 2, unseen_pairs: bool = False) -> list[Shape]:
+    """Up to four shapes that do not touch; with `unseen_pairs` the first has a colour and shape never trained on."""
+    count, shapes = rng.integers(fewest, 5), []
     while len(shapes) < count:
         colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
         if ((colour, shape) in UNSEEN_PAIRS) != (unseen_pairs and not shapes):
@@ -83,7 +86,7 @@ def draw_scene(rng: np.random.Generator, *, unseen_pairs: bool = False) -> list[
         if all(_apart(box, other.box) for other in shapes):
             shapes.append(Shape(str(colour), str(shape), str(size), box))
         elif rng.random() < 0.02:  # the scene may be too full for one more
-            count = max(2, len(shapes))
+            count = max(fewest, len(shapes))
     return shapes
 
 
@@ -92,8 +95,12 @@ def _apart(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 
 def paint_scene(rng: np.random.Generator, shapes: list[Shape]) -> Image.Image:
-    """The scene as an image: shapes on a grey ground, noise over all of it."""
-    image = Image.new("RGB", (SIDE, SIDE), (int(rng.integers(90, 150)),) * 3)
+    """The scene as an image: shapes on a ground lit from the upper left, noise over all of it."""
+    # The light tells where a patch lies: redder to the right, bluer downwards. A tower this small, with nothing but
+    # relative positions, would otherwise spend most of its training on learning to read a place off its borders.
+    x, y = np.meshgrid(np.arange(SIDE), np.arange(SIDE))
+    ground = np.stack([60 + 1.5 * x, np.full_like(x, rng.integers(80, 120)), 60 + 1.5 * y], 2)
+    image = Image.fromarray(ground.astype(np.uint8))
     pen = ImageDraw.Draw(image)
     for shape in shapes:
         x1, y1, x2, y2 = shape.box[0], shape.box[1], shape.box[2] - 1, shape.box[3] - 1  # PIL's corners are inclusive
@@ -108,7 +115,7 @@ def paint_scene(rng: np.random.Generator, shapes: list[Shape]) -> Image.Image:
 
 
 def attribute_question(rng: np.random.Generator, shapes: list[Shape], target: Shape) -> str | None:
-    """Words that mean the target alone: its shape, and mostly its colour, and often its size; None if two look alike."""
+    """Words that mean the target alone: its shape, mostly its colour, often its size; None if two look alike."""
     forms = [(True, False), (True, True), (False, False), (False, True)]  # colour named, size named
     for index in rng.choice(len(forms), len(forms), replace=False, p=[0.45, 0.35, 0.1, 0.1]):
         colour, size = forms[index]
@@ -151,9 +158,17 @@ def loosened(rng: np.random.Generator, box: tuple[int, ...]) -> list[int]:
 
 
 def write_split(
-    directory: Path, name: str, num_scenes: int, seed: int, *, relations: float = 0.0, unseen_pairs: bool = False,
-    loose: bool = False, questions: int = 1,
-) -> Path:  # fmt: skip
+    directory: Path,
+    name: str,
+    num_scenes: int,
+    seed: int,
+    *,
+    relations: float = 0.0,
+    unseen_pairs: bool = False,
+    loose: bool = False,
+    fewest: int = 2,
+    questions: int = 1,
+) -> Path:
     """Images and a JSONL of VLM-R1's format; `relations` is the share of questions by relation."""
     rng = np.random.default_rng(seed)
     (directory / name).mkdir(parents=True, exist_ok=True)
@@ -161,10 +176,11 @@ def write_split(
     for number in tqdm(range(num_scenes), f"scenes of {name}", delay=5):
         asked = []
         while not asked:
-            shapes = draw_scene(rng, unseen_pairs=unseen_pairs)
+            shapes = draw_scene(rng, fewest=fewest, unseen_pairs=unseen_pairs)
             targets = shapes[:1] if unseen_pairs else [shapes[i] for i in rng.permutation(len(shapes))[:questions]]
-            ask = [relation_question if rng.random() < relations else attribute_question for _ in targets]
-            asked = [(question(rng, shapes, target), target) for question, target in zip(ask, targets, strict=True)]
+            for target in targets:
+                ask = relation_question if rng.random() < relations else attribute_question
+                asked.append((ask(rng, shapes, target), target))
             asked = [(text, target) for text, target in asked if text]
         image = f"{name}/{number:05d}.png"
         paint_scene(rng, shapes).save(directory / image, compress_level=1)
@@ -178,12 +194,27 @@ def write_split(
 
 
 def write_data(directory: Path = DATA) -> None:
-    """The splits of the default run, about ten seconds; what is already there is left alone."""
-    if not (directory / "relations.jsonl").is_file():  # written last
-        write_split(directory, "train", 3000, seed=1)
-        write_split(directory, "test", 256, seed=2)
-        write_split(directory, "pairs", 256, seed=3, unseen_pairs=True)
-        write_split(directory, "relations", 256, seed=4, relations=1.0)
+    """The splits of the default run, a few seconds; what is there already is left alone."""
+    if directory.exists():
+        return
+    partial = directory.with_name(f"{directory.name}.{os.getpid()}")  # other processes may be writing the same
+    write_split(partial, "train", 3000, seed=1)
+    write_split(partial, "test", 256, seed=2)
+    write_split(partial, "pairs", 256, seed=3, unseen_pairs=True)
+    write_split(partial, "relations", 256, seed=4, relations=1.0)
+    try:
+        partial.rename(directory)
+    except OSError:  # another process was first; the files are the same
+        shutil.rmtree(partial)
+
+
+def write_start(directory: Path) -> None:
+    """What the start is made from: an untrained model, and scenes with true and with loose boxes."""
+    write_split(directory, "true", 6000, seed=10, relations=0.05, fewest=1, questions=4)
+    write_split(directory, "loose", 6000, seed=11, relations=0.05, fewest=1, questions=4, loose=True)
+    processor = build_processor()
+    build_model(processor.tokenizer).save_pretrained(directory / "untrained")
+    processor.save_pretrained(directory / "untrained")
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
@@ -235,12 +266,12 @@ def build_processor() -> Qwen2_5_VLProcessor:
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     """An untrained Qwen2.5-VL of 1.1 million parameters: 4 decoder layers of 128, 2 vision blocks of 96."""
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
-    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]}
+    rope = {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 7, 7]}
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096, "rope_parameters": rope,
-            "initializer_range": 0.05, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
+            "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096,
+            "rope_parameters": rope, "initializer_range": 0.05, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
         },
         vision_config={
@@ -257,3 +288,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2_5_VL
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     return model
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python toy.py DIRECTORY   writes there what the start is made from, see the README")
+    write_start(Path(sys.argv[1]))

@@ -27,6 +27,7 @@ from transformers.hf_argparser import HfArg
 import toy
 from eval import evaluate_sets
 from grpo import group_advantages, grpo_loss
+from options import RunConfig, compute_dtype, parse_options
 from parallel import (
     World,
     all_sum,
@@ -41,10 +42,8 @@ from rollout import completion_logprobs, plan_rows, sample_completions, stack_gr
 from run import (
     CheckpointKeeper,
     PromptFeed,
-    RunConfig,
     RunLog,
     StopSignal,
-    compute_dtype,
     describe_run,
     learning_rate_factor,
     load_policy,
@@ -52,7 +51,6 @@ from run import (
     load_run_samples,
     make_optimizers,
     open_run,
-    parse_options,
     peak_memory_gb,
     set_learning_rate,
     timed,
@@ -66,7 +64,7 @@ WARN_EVERY = 25  # steps over which a warning looks back, and before which it is
 class Config(RunConfig):
     rewards: list[str] = HfArg(
         default_factory=lambda: ["iou", "rec_format"],
-        help="reward names, or file.py:function; the first is the accuracy reward, which a sample's own method replaces",
+        help="names, or file.py:function; the first is the accuracy reward, which a sample's own method replaces",
     )
     reward_weights: list[float] = HfArg(default_factory=list, help="weight of each reward; all 1 by default")
     group_size: int = HfArg(default=8, help="completions per prompt")
@@ -104,8 +102,10 @@ class Config(RunConfig):
                 f"top_p is {self.top_p} and top_k {self.top_k}: 0 < top_p <= 1 and top_k >= 0 are expected"
             )
         if self.beta < 0 or not 0 < self.clip_low < 1 or self.clip_high <= 0:
-            raise ValueError(f"beta {self.beta}, clip_low {self.clip_low}, clip_high {self.clip_high}: beta >= 0, "
-                             "0 < clip_low < 1 and clip_high > 0 are expected")  # fmt: skip
+            raise ValueError(
+                f"beta {self.beta}, clip_low {self.clip_low}, clip_high {self.clip_high}: beta >= 0, "
+                "0 < clip_low < 1 and clip_high > 0 are expected"
+            )
         if self.num_iterations < 1 or self.log_completions_every < 1:
             raise ValueError("num_iterations and log_completions_every must be at least 1")
 
@@ -145,16 +145,30 @@ def score_texts(texts: Sequence[str], prompts: Sequence[Prompt], config: Config,
 
 
 def roll_out(
-    policy: nn.Module, processor: ProcessorMixin, prompts: list[Prompt], config: Config, *, generator: torch.Generator,
-    eos_ids: list[int], banned_ids: list[int],
-) -> Rollout:  # fmt: skip
+    policy: nn.Module,
+    processor: ProcessorMixin,
+    prompts: list[Prompt],
+    config: Config,
+    *,
+    generator: torch.Generator,
+    eos_ids: list[int],
+    banned_ids: list[int],
+) -> Rollout:
     """Draws a group for each prompt and scores it."""
     with gathered(policy):
         completions, logprobs = sample_completions(
-            policy, [prompt.inputs for prompt in prompts], config.group_size, max_new_tokens=config.max_completion_tokens,
-            eos_ids=eos_ids, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-            banned_ids=banned_ids, generator=generator, return_logprobs=True,
-        )  # fmt: skip
+            policy,
+            [prompt.inputs for prompt in prompts],
+            config.group_size,
+            max_new_tokens=config.max_completion_tokens,
+            eos_ids=eos_ids,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            banned_ids=banned_ids,
+            generator=generator,
+            return_logprobs=True,
+        )
     flat = [ids for group in completions for ids in group]
     texts = processor.tokenizer.batch_decode(flat, skip_special_tokens=True)
     rewards = score_texts(texts, prompts, config, flat[0].device)
@@ -168,7 +182,8 @@ def make_rows(rollout: Rollout, config: Config, world: World, blank: Prompt) -> 
     """The rollout cut into packed rows, as many on every rank and each with an image in it where the model is sharded.
 
     Each block of a sharded model is gathered from all ranks when it runs. A rank that ran fewer rows, or left out the
-    vision tower for want of an image, would leave the others waiting; a blank prompt that nothing attends to costs 20 tokens.
+    vision tower for want of an image, would leave the others waiting. A blank prompt, which nothing attends to, mends
+    both for some 20 tokens.
     """
     lengths = [[len(ids) for ids in group] for group in rollout.completions]
     plan = plan_rows([p.inputs["input_ids"].shape[1] for p in rollout.prompts], lengths, config.row_tokens)
@@ -194,30 +209,55 @@ def reference_logprobs(reference: nn.Module, rows: list[Row], config: Config, ba
 
 
 def learn(
-    policy: nn.Module, optimizers: list[torch.optim.Optimizer], rollout: Rollout, rows: list[Row], ref: list[Tensor] | None,
-    config: Config, world: World, banned_ids: list[int],
-) -> dict[str, float]:  # fmt: skip
+    policy: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    rollout: Rollout,
+    rows: list[Row],
+    ref: list[Tensor] | None,
+    config: Config,
+    world: World,
+    banned_ids: list[int],
+) -> dict[str, float]:
     """num_iterations passes of the loss over the rows, an optimizer step each; figures of the first, summed over ranks.
 
     The first pass runs on the weights that drew, so its log-probs are the old ones of all passes: no extra forward.
     """
     num_tokens = all_sum({"tokens": float(sum(row.mask.sum() for row in rows))}, world)["tokens"]
-    step_totals = {"num_completions": config.prompts_per_step * config.group_size, "num_tokens": num_tokens,
-                   "max_completion_tokens": config.max_completion_tokens}  # fmt: skip
+    step_totals = {
+        "num_completions": config.prompts_per_step * config.group_size,
+        "num_tokens": num_tokens,
+        "max_completion_tokens": config.max_completion_tokens,
+    }
     old: list[Tensor] = []
     sums, largest_gap, norm = {}, 0.0, 0.0
     policy.train()
     for iteration in range(config.num_iterations):
         for number, row in enumerate(rows):
-            logprobs, entropies = map(stack_groups, completion_logprobs(
-                policy, row.inputs, row.completions, temperature=config.temperature, banned_ids=banned_ids,
-                return_entropies=True))  # fmt: skip
+            logprobs, entropies = map(
+                stack_groups,
+                completion_logprobs(
+                    policy,
+                    row.inputs,
+                    row.completions,
+                    temperature=config.temperature,
+                    banned_ids=banned_ids,
+                    return_entropies=True,
+                ),
+            )
             if iteration == 0:
                 old.append(logprobs.detach())
             loss, figures = grpo_loss(
-                logprobs, old[number], ref[number] if ref else None, rollout.advantages[row.members], row.mask,
-                clip_low=config.clip_low, clip_high=config.clip_high, beta=config.beta, variant=config.variant, **step_totals,
-            )  # fmt: skip
+                logprobs,
+                old[number],
+                ref[number] if ref else None,
+                rollout.advantages[row.members],
+                row.mask,
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+                beta=config.beta,
+                variant=config.variant,
+                **step_totals,
+            )
             (loss * gradient_scale(world)).backward()
             gap = (rollout.draw_logprobs[row.members, : row.mask.shape[1]] - old[number]).abs() * row.mask
             largest_gap = max(largest_gap, float(gap.max()) if gap.numel() else 0.0)
@@ -261,21 +301,34 @@ def causes_for_concern(recent: Sequence[dict], config: Config) -> list[str]:
     mean = {name: statistics.fmean(figures[name] for figures in recent) for name in recent[0]}
     warnings = []
     if mean["unparsed"] > 0.9:
-        warnings.append(f"{mean['unparsed']:.0%} of the completions cannot be read: does the template ask for the format that "
-                        f"the rewards {config.rewards} read? See completions.jsonl")  # fmt: skip
+        warnings.append(
+            f"{mean['unparsed']:.0%} of the completions cannot be read: does the template ask for the format that the "
+            f"rewards {config.rewards} read? See completions.jsonl"
+        )
     if mean["truncated"] > 0.5:
-        warnings.append(f"{mean['truncated']:.0%} of the completions are cut off at {config.max_completion_tokens} tokens and earn "
-                        "little: raise --max_completion_tokens, or ask for shorter answers")  # fmt: skip
+        warnings.append(
+            f"{mean['truncated']:.0%} of the completions are cut off at {config.max_completion_tokens} tokens and earn "
+            "little: raise --max_completion_tokens, or ask for shorter answers"
+        )
     if mean["groups_equal"] > 0.9 and mean["unparsed"] < 0.1:
-        warnings.append(f"{mean['groups_equal']:.0%} of the groups have equal rewards and teach nothing though the format is there: "
-                        "is the truth in the space the model answers in, are the samples too easy or too hard?")  # fmt: skip
+        warnings.append(
+            f"{mean['groups_equal']:.0%} of the groups have equal rewards and teach nothing, though the format is "
+            "there: is the truth in the space the model answers in, are the samples too easy or too hard?"
+        )
     return warnings
 
 
 def train_step(
-    step: int, policy: nn.Module, reference: nn.Module | None, processor: ProcessorMixin, optimizers: list, feed: PromptFeed,
-    blank: Prompt, config: Config, world: World,
-) -> tuple[dict[str, float], Rollout]:  # fmt: skip
+    step: int,
+    policy: nn.Module,
+    reference: nn.Module | None,
+    processor: ProcessorMixin,
+    optimizers: list,
+    feed: PromptFeed,
+    blank: Prompt,
+    config: Config,
+    world: World,
+) -> tuple[dict[str, float], Rollout]:
     """One step of the algorithm: draw, score, learn; its figures and what was drawn."""
     ids = {"eos_ids": eos_token_ids(policy, processor), "banned_ids": banned_token_ids(policy, processor)}
     generator = torch.Generator(world.device)
@@ -302,8 +355,10 @@ def log_group(log: RunLog, step: int, rollout: Rollout, config: Config) -> None:
     columns = zip(
         rollout.texts[:size], rollout.rewards[:size].tolist(), rollout.advantages[:size].tolist(), strict=True
     )
-    group = [{"completion": text, "rewards": dict(zip(config.rewards, rewards, strict=True)), "advantage": advantage}
-             for text, rewards, advantage in columns]  # fmt: skip
+    group = [
+        {"completion": text, "rewards": dict(zip(config.rewards, rewards, strict=True)), "advantage": advantage}
+        for text, rewards, advantage in columns
+    ]
     record = {
         "id": prompt.sample.id,
         "images": prompt.sample.images,
@@ -319,13 +374,23 @@ def main(config: Config) -> None:
         samples, eval_sets = load_run_samples(config, world, has_boxes=not BOX_REWARDS.isdisjoint(config.rewards))
         policy, processor = load_policy(config, world)
         steps = config.steps or math.ceil(config.epochs * len(samples) / config.prompts_per_step)
-        feed = PromptFeed(samples, processor, config, policy.config.model_type, world)
         if config.dry_run:
-            describe_run(policy, feed, config, world, steps, completions=config.group_size, reference=config.beta > 0)
+            text = describe_run(
+                policy,
+                processor,
+                samples,
+                config,
+                world,
+                steps,
+                completions=config.group_size,
+                reference=config.beta > 0,
+            )
+            print(text if world.first else "", end="\n" * world.first)
             return
         reference = load_reference(config, world) if config.beta else None
         optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
         out = open_run(config, world)
+        feed = PromptFeed(samples, processor, config, policy.config.model_type, world, out / "bad_samples.jsonl")
         keeper = CheckpointKeeper(out, policy, optimizers, config, world)
         start = keeper.resume() if config.resume else 0
         log, stop, recent = RunLog(out, config, world, start), StopSignal(), deque(maxlen=WARN_EVERY)

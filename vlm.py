@@ -50,8 +50,10 @@ class Prompt:
 def family_of(model_type: str) -> Family:
     """The row of a model type, or the list of those that work."""
     if model_type not in FAMILIES:
-        raise ValueError(f"model type {model_type!r} is not supported: one of {', '.join(FAMILIES)}; "
-                         "a new one is a row in vlm.FAMILIES if its text attention is causal")  # fmt: skip
+        raise ValueError(
+            f"model type {model_type!r} is not supported: one of {', '.join(FAMILIES)}; "
+            "a new one is a row in vlm.FAMILIES if its text attention is causal"
+        )
     return FAMILIES[model_type]
 
 
@@ -83,7 +85,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 class _ImageOnly:
-    """Mixed into a processor class, leaves out its video part: every video processor of transformers needs torchvision."""
+    """Mixed into a processor class, leaves out its video part: video processors need torchvision."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -177,8 +179,11 @@ def banned_token_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[
     """
     size = model.get_output_embeddings().out_features
     known = set(processor.tokenizer.get_vocab().values())
-    vision = [value for name, value in vars(model.config).items()
-              if name.endswith("_token_id") and name.startswith(("image", "video", "vision"))]  # fmt: skip
+    vision = [
+        value
+        for name, value in vars(model.config).items()
+        if name.endswith("_token_id") and name.startswith(("image", "video", "vision"))
+    ]
     marks = [
         token
         for token in ("<img>", "</img>", "<|begin_of_image|>", "<|end_of_image|>")

@@ -1,0 +1,29 @@
+"""What several test files use: a small checkpoint on disk and a few scenes in VLM-R1's format."""
+
+import pytest
+import torch
+from transformers.utils import logging
+
+import toy
+
+torch.set_num_threads(1)  # the suite runs beside its own worker processes; more threads only spin
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """An untrained toy as a Hugging Face directory."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    processor = toy.build_processor()
+    toy.build_model(processor.tokenizer).save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A directory with train.jsonl (24 questions) and test.jsonl (6) and their images."""
+    path = tmp_path_factory.mktemp("scenes")
+    toy.write_split(path, "train", 24, seed=1)
+    toy.write_split(path, "test", 6, seed=2)
+    return path

@@ -1,0 +1,161 @@
+"""The options that train.py and sft.py share, and how a command line becomes them.
+
+An option is a dataclass field: the command line, `--help`, config.json and the code have the same names, and what no
+code reads does not exist. What is unknown or contradictory is refused before anything is loaded.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+import toy
+from data import template_text
+from vlm import MAX_PIXELS
+
+# Options that another value than the saved one may be given for when a run is resumed; the others make it another run.
+FREE_ON_RESUME = frozenset(
+    "resume output_dir steps row_tokens gradient_checkpointing eval_every eval_batch_size save_every keep_checkpoints "
+    "log_completions_every tensorboard wandb dry_run".split()
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    model: str = HfArg(
+        default=str(toy.MODEL), help="hub name or directory; without it the toy is trained, under its preset"
+    )
+    data: list[str] = HfArg(default_factory=list, help="training files in VLM-R1's JSONL format")
+    image_root: list[str] = HfArg(
+        default_factory=list, help="image directory of each data file, or one for all; the file's own by default"
+    )
+    template: str = HfArg(default="rec", help="prompt template: a name of data.TEMPLATES or a text with {question}")
+    max_pixels: int = HfArg(default=MAX_PIXELS, help="pixels of an image at most; a larger one is shrunk")
+    min_pixels: int = HfArg(default=3136, help="pixels of an image at least; a smaller one is enlarged")
+    freeze_vision: bool = HfArg(default=False, help="leave the vision tower as it is")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, a third more time")
+    dtype: Literal["auto", "bf16", "fp32"] = HfArg(
+        default="auto", help="compute in; auto is bf16 on a GPU. Masters are fp32"
+    )
+    shard_within_node: bool = HfArg(default=False, help="several nodes: shard within each, replicate across (HSDP)")
+    prompts_per_step: int = HfArg(default=16, help="prompts per optimizer step, over all GPUs")
+    row_tokens: int = HfArg(default=8192, help="tokens of a packed row, the micro-batch: the knob for memory")
+    steps: int = HfArg(default=0, help="steps to train; 0 for --epochs")
+    epochs: float = HfArg(default=1.0, help="passes over the data, where --steps is 0")
+    optimizer: Literal["adamw", "muon"] = HfArg(
+        default="adamw", help="muon: on the matrices, AdamW at a tenth on the rest"
+    )
+    learning_rate: float = HfArg(default=1e-6, help="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine", "trapezoid"] = HfArg(
+        default="constant", help="after the warm-up: stay, fall to 0, or (trapezoid) fall over the last quarter"
+    )
+    warmup_steps: int = HfArg(default=0, help="steps over which the learning rate rises from 0")
+    weight_decay: float = HfArg(default=0.0, help="decoupled weight decay")
+    max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm")
+    max_completion_tokens: int = HfArg(default=2048, help="tokens of a completion at most, in drawing and evaluation")
+    eval_data: list[str] = HfArg(
+        default_factory=list, help="evaluation files; the first decides which checkpoint is best"
+    )
+    eval_image_root: list[str] = HfArg(
+        default_factory=list, help="image directory of each evaluation file, or one for all"
+    )
+    held_out: int = HfArg(
+        default=200, help="without eval_data: samples kept from training, at most a twentieth of them"
+    )
+    eval_every: int = HfArg(default=100, help="steps between evaluations; one comes before the first step; 0 for none")
+    eval_batch_size: int = HfArg(default=32, help="answers decoded together per process")
+    save_every: int = HfArg(default=100, help="steps between checkpoints; the last step is saved always")
+    keep_checkpoints: int = HfArg(default=2, help="newest checkpoints kept, besides the best")
+    seed: int = HfArg(default=0, help="of the data order and of what is drawn")
+    output_dir: str = HfArg(default="", help="where the run is written; runs/DATE-TIME by default")
+    resume: str = HfArg(default="", help="output directory of a run to go on with, under the options saved there")
+    tensorboard: bool = HfArg(default=False, help="write the metrics for tensorboard too")
+    wandb: bool = HfArg(default=False, help="send the metrics to wandb too")
+    dry_run: bool = HfArg(default=False, help="print what a run would do and need, and stop")
+
+    def __post_init__(self) -> None:
+        """Refuses what is contradictory, before anything is loaded."""
+        if not self.data:
+            raise ValueError(f"data is empty: with --model {self.model} name at least one file, --data F.jsonl")
+        for data, roots in (("data", "image_root"), ("eval_data", "eval_image_root")):
+            files, given = len(getattr(self, data)), len(getattr(self, roots))
+            if given not in (0, 1, files):
+                raise ValueError(
+                    f"{given} {roots} for {files} files in {data}: give one for all, one for each, or none"
+                )
+        for name in (
+            "prompts_per_step",
+            "row_tokens",
+            "max_completion_tokens",
+            "eval_batch_size",
+            "save_every",
+            "keep_checkpoints",
+            "learning_rate",
+            "max_grad_norm",
+            "min_pixels",
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
+        for name in ("steps", "warmup_steps", "weight_decay", "held_out", "eval_every", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if self.steps == 0 and self.epochs <= 0:
+            raise ValueError(f"steps is 0 and epochs {self.epochs}: one of them must say how long to train")
+        if self.max_pixels < self.min_pixels:
+            raise ValueError(f"max_pixels {self.max_pixels} is below min_pixels {self.min_pixels}")
+        if self.steps and self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} leaves nothing of {self.steps} steps")
+        template_text(self.template)
+
+
+def parse_options(config_class: type, argv: Sequence[str], preset: dict):
+    """The options of an entry point from the command line; unknown ones are an error.
+
+    Without --model the preset of the toy stands in for the defaults; with --resume the run's saved options do.
+    """
+    parser = HfArgumentParser(config_class, allow_abbrev=False)
+    given = _given_options(config_class, argv)
+    if given.get("resume"):
+        saved = _saved_options(Path(given["resume"]), config_class)
+        for name, value in given.items():
+            if name not in FREE_ON_RESUME and value != saved[name]:
+                raise ValueError(
+                    f"{name} was {saved[name]!r} in the run resumed and is {value!r} now: leave it out, "
+                    "or start a new run"
+                )
+        parser.set_defaults(**saved)
+    elif "model" not in given:
+        toy.write_data()
+        parser.set_defaults(**preset)
+    return parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)[0]
+
+
+def _given_options(config_class: type, argv: Sequence[str]) -> dict:
+    """The options that the command line names, parsed."""
+    parser, absent = HfArgumentParser(config_class, allow_abbrev=False), object()
+    parser.set_defaults(**{field.name: absent for field in fields(config_class)})
+    return {name: value for name, value in vars(parser.parse_known_args(list(argv))[0]).items() if value is not absent}
+
+
+def _saved_options(run: Path, config_class: type) -> dict:
+    path = run / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; --resume takes the output directory of a run")
+    saved = json.loads(path.read_text())["options"]
+    names = {field.name for field in fields(config_class)}
+    if names != set(saved):
+        raise ValueError(
+            f"{path}: written by another version or entry point; the options differ: {sorted(names ^ set(saved))}"
+        )
+    return {**saved, "resume": str(run), "output_dir": str(run)}
+
+
+def compute_dtype(name: str) -> torch.dtype:
+    """bf16 or fp32 for "auto", "bf16" or "fp32"."""
+    bf16 = torch.cuda.is_available() if name == "auto" else name == "bf16"
+    return torch.bfloat16 if bf16 else torch.float32

@@ -1,0 +1,84 @@
+"""eval.py: figures by hand, the reward's own parser, and a whole evaluation from the command line."""
+
+import json
+
+import numpy as np
+import pytest
+
+import eval as evaluation
+from data import read_samples
+from eval import Config, bootstrap_interval, greedy_rows, main, summarize
+from options import parse_options
+from parallel import World
+from rewards import first_box, iou
+from test_parallel import ALONE
+from vlm import load_model
+
+
+def row(overlap, box=(1, 2, 3, 4), truncated=False):
+    return {"iou": overlap, "box": box and list(box), "truncated": truncated}
+
+
+def test_the_figures_of_rec_are_shares_of_the_overlaps():
+    rows = [row(0.0, None, True), row(0.5), row(0.51), row(0.9), {"bad_sample": "gone"}]
+    summary = summarize(rows)
+    assert (summary["samples"], summary["bad_samples"]) == (4, 1)
+    assert summary["accuracy"] == 0.5  # above 0.5, not at it, as VLM-R1 counts
+    assert summary["accuracy_75"] == summary["unparsed"] == summary["truncated"] == 0.25
+    assert summary["mean_iou"] == pytest.approx(1.91 / 4)
+
+
+def test_the_figures_of_a_text_task_are_the_mean_reward():
+    summary = summarize([{"reward": value, "truncated": False} for value in (0.0, 1.0, 0.5)])
+    assert summary["reward"] == 0.5 and summary["reward_low"] <= 0.5 <= summary["reward_high"]
+
+
+def test_no_readable_sample_is_an_error_that_names_the_first():
+    with pytest.raises(ValueError, match="gone"):
+        summarize([{"bad_sample": "gone"}])
+
+
+def test_the_interval_has_the_width_of_a_binomial_share():
+    # 95% of a share of 0.5 over 400 samples: +- 1.96 * 0.025
+    low, high = bootstrap_interval(np.arange(400) % 2 == 0)
+    assert low == pytest.approx(0.451, abs=0.01) and high == pytest.approx(0.549, abs=0.01)
+
+
+def test_answers_are_scored_by_the_rewards_parser_and_boxes_move_back(checkpoint, scenes, monkeypatch):
+    model, processor = load_model(checkpoint, min_pixels=256)
+    samples = read_samples(scenes / "test.jsonl", scenes)
+    text = '<answer>{"bbox_2d": [2, 4, 30.5, 40]} and [0, 0, 1, 1]</answer>'
+    monkeypatch.setattr(processor.tokenizer, "decode", lambda *arguments, **options: text)
+    rows = greedy_rows(model, processor, samples, ALONE, template="plain", max_completion_tokens=2, batch_size=4)
+    assert [r["index"] for r in rows] == list(range(6))
+    assert first_box(text) == [2, 4, 30.5, 40]
+    for r, sample in zip(rows, samples, strict=True):
+        assert r["box"] == [2, 4, 30.5, 40]  # scenes are not resized, so both spaces are one
+        assert r["iou"] == iou([2, 4, 30.5, 40], json.loads(sample.answer))
+
+
+def test_every_rank_answers_its_share_of_the_samples(checkpoint, scenes, monkeypatch):
+    model, processor = load_model(checkpoint, min_pixels=256)
+    samples = read_samples(scenes / "test.jsonl", scenes)
+    monkeypatch.setattr(evaluation, "all_gather", lambda rows, world: rows)
+    options = {"template": "plain", "max_completion_tokens": 2, "batch_size": 4}
+    shares = [greedy_rows(model, processor, samples, World(rank, 2, ALONE.device, None), **options) for rank in (0, 1)]
+    assert [[r["index"] for r in rows] for rows in shares] == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_a_whole_evaluation_writes_summary_and_rows(checkpoint, scenes, tmp_path, capsys):
+    argv = ["--model", checkpoint, "--data", str(scenes / "test.jsonl"), "--template", "plain", "--limit", "4",
+            "--max_completion_tokens", "3", "--min_pixels", "256", "--output", str(tmp_path / "e.json")]  # fmt: skip
+    main(parse_options(Config, argv, {}))
+    written = json.loads((tmp_path / "e.json").read_text())
+    assert written["summary"] == json.loads(capsys.readouterr().out) and len(written["rows"]) == 4
+    assert {"id", "question", "answer", "completion", "box", "iou"} <= written["rows"][0].keys()
+
+
+@pytest.mark.parametrize(
+    "argv, reason", [("--task guess", "guess"), ("--reward ioo --data d", "ioo"), ("", "data is empty")]
+)
+def test_contradictory_options_are_refused(argv, reason):
+    with pytest.raises((ValueError, SystemExit), match="unknown|empty|2") as error:
+        parse_options(Config, ["--model", "m", *argv.split()], {})
+    assert reason in str(error.value) or isinstance(error.value, SystemExit)

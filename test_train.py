@@ -1,0 +1,371 @@
+"""train.py: options, one step looked at closely, and whole runs on a small checkpoint."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import toy
+import train
+from data import Sample
+from options import parse_options
+from parallel import World
+from test_parallel import ALONE, CONFIG, Recorder, make_model, make_rollout
+from train import Config, blank_prompt, causes_for_concern, learn, main, make_rows, roll_out, score_texts
+from vlm import Prompt
+
+HERE = Path(__file__).parent
+
+
+def options(checkpoint, scenes, out, *more):
+    """A command line for a small run."""
+    return [
+        "--model", checkpoint, "--data", str(scenes / "train.jsonl"), "--eval_data", str(scenes / "test.jsonl"),
+        "--template", "plain", "--output_dir", str(out), "--prompts_per_step", "2", "--group_size", "3",
+        "--max_completion_tokens", "6", "--min_pixels", "256", "--learning_rate", "1e-3",
+        "--log_completions_every", "1",
+        *more,
+    ]  # fmt: skip
+
+
+def run(checkpoint, scenes, out, *more):
+    main(parse_options(Config, options(checkpoint, scenes, out, *more), {}))
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def only_numbers(rows):
+    """Metrics without what differs from run to run: seconds, speed, memory."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per_second", "memory"))} for row in rows
+    ]
+
+
+def parse(*argv):
+    return parse_options(Config, ["--model", "m", "--data", "d.jsonl", *argv], {})
+
+
+# ---- options -------------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_for_real_models_are_the_recipe_of_vlm_r1():
+    config = parse()
+    recipe = (
+        config.prompts_per_step,
+        config.group_size,
+        config.learning_rate,
+        config.schedule,
+        config.beta,
+        config.clip_low,
+    )
+    assert recipe == (16, 8, 1e-6, "constant", 0.04, 0.2)
+    assert (config.temperature, config.top_k, config.top_p, config.num_iterations, config.variant) == (
+        1.0,
+        0,
+        1.0,
+        1,
+        "grpo",
+    )
+    assert (config.rewards, config.weights, config.optimizer, config.weight_decay) == (
+        ["iou", "rec_format"],
+        [1, 1],
+        "adamw",
+        0,
+    )
+
+
+@pytest.mark.parametrize(
+    "argv, reason",
+    [
+        ("--group_size 1", "group_size is 1"),
+        ("--temperature 0", "temperature is 0"),
+        ("--top_p 0", "top_p is 0"),
+        ("--rewards iou unheard_of", "'unheard_of' is unknown"),
+        ("--rewards iou --reward_weights 1 2", "2 reward_weights for 1 rewards"),
+        ("--beta -1", "beta -1"),
+        ("--num_iterations 0", "num_iterations"),
+        ("--image_root a b", "2 image_root for 1 files"),
+        ("--steps 5 --warmup_steps 5", "leaves nothing of 5 steps"),
+        ("--steps 0 --epochs 0", "how long to train"),
+        ("--max_pixels 100", "is below min_pixels"),
+        ("--template rek", "'rek' is unknown"),
+        ("--prompts_per_step 0", "prompts_per_step is 0"),
+        ("--learning_rate 0", "learning_rate is 0"),
+        ("--group_sise 4", "--group_sise"),
+        ("--group 4", "--group"),
+    ],
+)
+def test_contradictory_and_unknown_options_are_refused_with_the_value(argv, reason):
+    with pytest.raises(ValueError, match="specified|is|for|beta|leaves|how|must|not used") as error:
+        parse(*argv.split())
+    assert reason in str(error.value)
+
+
+def test_a_real_model_needs_data():
+    with pytest.raises(ValueError, match="data is empty"):
+        parse_options(Config, ["--model", "m"], {})
+
+
+def test_without_a_model_the_toys_preset_stands_in_and_options_still_win(monkeypatch):
+    monkeypatch.setattr(toy, "write_data", lambda: None)
+    config = parse_options(Config, ["--steps", "7"], toy.PRESETS["train"])
+    assert config.steps == 7 and config.beta == 0 and config.model == str(toy.MODEL) and config.template == "plain"
+
+
+# ---- one step ------------------------------------------------------------------------------------------------------
+
+
+def prompt_of(answer="[0, 0, 10, 10]", reward="", has_boxes=True):
+    return Prompt({}, answer, Sample("s", "q", answer, (), reward, has_boxes, "here"), None, None)
+
+
+def test_a_samples_own_method_replaces_the_first_reward_only():
+    config = replace(CONFIG, rewards=["iou", "format"], group_size=1 + 1)
+    good = "<think>x</think><answer>[0, 0, 10, 10]</answer>"
+    choice = "<think>x</think><answer>B</answer>"
+    prompts = [prompt_of(), prompt_of("B", "mcq", False)]
+    rewards = score_texts([good, "[0, 0, 5, 10]", choice, "A"], prompts, config, torch.device("cpu"))
+    assert rewards[:, 1].tolist() == [1, 0, 1, 0]
+    assert rewards[0, 0] == 1 and rewards[2, 0] == 1 and rewards[3, 0] == 0
+
+
+def test_a_reward_of_ones_own_is_loaded_from_a_file(tmp_path):
+    (tmp_path / "mine.py").write_text("def length(completion, answer):\n    return float(len(completion))\n")
+    config = replace(CONFIG, rewards=[f"{tmp_path}/mine.py:length"], group_size=2)
+    assert score_texts(["abc", ""], [prompt_of()], config, torch.device("cpu")).tolist() == [[3.0], [0.0]]
+
+
+def test_later_passes_measure_their_ratio_from_the_weights_that_drew(monkeypatch):
+    calls = []
+
+    def spy(logprobs, old, *arguments, **named):
+        calls.append((logprobs.detach().clone(), old.clone()))
+        return real_loss(logprobs, old, *arguments, **named)
+
+    real_loss = train.grpo_loss
+    monkeypatch.setattr(train, "grpo_loss", spy)
+    model, processor = make_model()
+    config = replace(CONFIG, beta=0.0, num_iterations=2)
+    rollout = make_rollout(model, processor, ALONE)
+    rows = make_rows(rollout, config, ALONE, blank_prompt(processor))
+    learn(model, [torch.optim.SGD(model.parameters(), lr=0.1)], rollout, rows, None, config, ALONE, [])
+    (first, first_old), (second, second_old) = calls
+    assert first_old.equal(first) and second_old.equal(first) and not second.equal(first)
+
+
+def test_the_gap_between_drawing_and_training_is_rounding_alone():
+    model, processor = make_model()
+    config = replace(CONFIG, rewards=["iou"], beta=0.0)
+    inputs = make_rollout(model, processor, ALONE).prompts
+    prompts = [replace(prompt, answer="[0, 0, 1, 1]") for prompt in inputs]
+    rollout = roll_out(
+        model, processor, prompts, config, generator=torch.Generator().manual_seed(0), eos_ids=[2], banned_ids=[]
+    )
+    rows = make_rows(rollout, config, ALONE, blank_prompt(processor))
+    figures = learn(model, [Recorder(model)], rollout, rows, None, config, ALONE, [])
+    assert 0 < figures["draw_gap_max"] < 1e-4 and figures["draw_gap"] <= figures["draw_gap_max"]
+
+
+def test_a_rank_with_less_to_do_adds_rows_of_a_blank_prompt(monkeypatch):
+    model, processor = make_model()
+    rollout = make_rollout(model, processor, ALONE)
+    monkeypatch.setattr(train, "all_sum", lambda values, world, largest: {"rows": 3.0})  # another rank has three
+    rows = make_rows(
+        rollout, replace(CONFIG, row_tokens=4096), World(0, 2, torch.device("cpu"), None), blank_prompt(processor)
+    )
+    assert len(rows) == 3 and [len(row.members) for row in rows] == [12, 0, 0]
+    assert all(any("pixel_values" in prompt for prompt in row.inputs) for row in rows)
+
+
+def test_warnings_name_the_likely_cause():
+    fine = {"unparsed": 0.0, "truncated": 0.0, "groups_equal": 0.1}
+    config = replace(CONFIG, rewards=["iou"])
+    assert causes_for_concern([fine] * 3, config) == []
+    assert "cannot be read" in causes_for_concern([{**fine, "unparsed": 1.0}], config)[0]
+    assert "--max_completion_tokens" in causes_for_concern([{**fine, "truncated": 0.8}], config)[0]
+    assert "equal rewards" in causes_for_concern([{**fine, "groups_equal": 1.0}], config)[0]
+
+
+# ---- whole runs ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_what_the_readme_lists(checkpoint, scenes, tmp_path):
+    rows = run(checkpoint, scenes, tmp_path / "out", "--steps", "2", "--eval_every", "1", "--tensorboard")
+    out = tmp_path / "out"
+    assert [row["step"] for row in rows] == [1, 2]
+    glossary = (HERE / "README.md").read_text()
+    assert all(f"`{name}`" in glossary or name.startswith("reward/") for name in rows[0]), set(rows[0])
+    evaluations = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in evaluations] == [0, 1, 2] and "eval/test/mean_iou" in evaluations[0]
+    group = json.loads((out / "completions.jsonl").read_text().splitlines()[0])["group"]
+    assert len(group) == 3 and group[0].keys() == {"completion", "rewards", "advantage"}
+    assert (out / "checkpoints" / "step-000002" / "model.safetensors").exists()
+    assert json.loads((out / "config.json").read_text())["options"]["group_size"] == 3
+    assert list((out / "tensorboard").iterdir())
+
+
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(checkpoint, scenes, tmp_path):
+    whole = run(checkpoint, scenes, tmp_path / "whole", "--steps", "4", "--eval_every", "0", "--save_every", "2",
+                "--num_iterations", "2")  # fmt: skip
+    run(
+        checkpoint,
+        scenes,
+        tmp_path / "cut",
+        "--steps",
+        "3",
+        "--eval_every",
+        "0",
+        "--save_every",
+        "2",
+        "--num_iterations",
+        "2",
+    )
+    (tmp_path / "cut" / "checkpoints" / "step-000003").rename(tmp_path / "gone")  # as if it died after step 2 was saved
+    main(parse_options(Config, ["--resume", str(tmp_path / "cut"), "--steps", "4"], {}))
+    cut = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert only_numbers(cut) == only_numbers(whole)
+    weights = [
+        (tmp_path / name / "checkpoints" / "step-000004" / "model.safetensors").read_bytes()
+        for name in ("whole", "cut")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_a_resumed_run_keeps_its_options_and_a_second_run_its_own_directory(checkpoint, scenes, tmp_path):
+    run(checkpoint, scenes, tmp_path / "out", "--steps", "1", "--eval_every", "0")
+    with pytest.raises(ValueError, match="group_size was 3 in the run resumed and is 4 now"):
+        parse_options(Config, ["--resume", str(tmp_path / "out"), "--group_size", "4"], {})
+    with pytest.raises(ValueError, match="holds a run"):
+        run(checkpoint, scenes, tmp_path / "out", "--steps", "1", "--eval_every", "0")
+    with pytest.raises(ValueError, match="no such file"):
+        parse_options(Config, ["--resume", str(tmp_path / "none")], {})
+
+
+def test_only_the_newest_checkpoints_and_the_best_are_kept(checkpoint, scenes, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.5, 0.2, 0.3, 0.4])
+    monkeypatch.setattr(train, "evaluate_sets", lambda *arguments, **named: next(scores))
+    run(
+        checkpoint,
+        scenes,
+        tmp_path / "out",
+        "--steps",
+        "4",
+        "--eval_every",
+        "1",
+        "--save_every",
+        "1",
+        "--keep_checkpoints",
+        "1",
+    )
+    assert sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir()) == ["step-000001", "step-000004"]
+    assert (tmp_path / "out" / "best").resolve().name == "step-000001"
+
+
+def test_an_image_that_breaks_while_running_is_set_aside_and_named(checkpoint, tmp_path):
+    toy.write_split(tmp_path, "train", 12, seed=3)
+    image = tmp_path / "train" / "00005.png"
+    image.write_bytes(image.read_bytes()[:600])
+    rows = run(
+        checkpoint,
+        tmp_path,
+        tmp_path / "out",
+        "--steps",
+        "6",
+        "--eval_every",
+        "0",
+        "--eval_data",
+        str(tmp_path / "train.jsonl"),
+    )
+    assert rows[-1]["bad_samples"] == 1
+    [bad] = [json.loads(line) for line in (tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()]
+    assert bad["source"].endswith("train.jsonl:6") and "00005.png" in bad["reason"]
+
+
+def test_too_many_broken_images_stop_the_run(checkpoint, tmp_path):
+    toy.write_split(tmp_path, "train", 12, seed=3)
+    for image in list((tmp_path / "train").iterdir())[:6]:
+        image.write_bytes(image.read_bytes()[:600])
+    with pytest.raises(ValueError, match="samples used are broken, more than 1%"):
+        run(
+            checkpoint,
+            tmp_path,
+            tmp_path / "out",
+            "--steps",
+            "6",
+            "--eval_every",
+            "0",
+            "--eval_data",
+            str(tmp_path / "train.jsonl"),
+        )
+
+
+def test_a_text_task_without_images_trains_and_reports_its_reward(checkpoint, tmp_path):
+    lines = [json.dumps({"conversations": [{"value": f"{n} + 1?"}, {"value": str(n + 1)}]}) for n in range(40)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "test.jsonl").write_text("\n".join(lines[:3]))
+    run(checkpoint, tmp_path, tmp_path / "out", "--steps", "1", "--rewards", "numeric", "format", "--beta", "0")
+    evaluation = json.loads((tmp_path / "out" / "eval.jsonl").read_text().splitlines()[0])
+    assert "eval/test/reward" in evaluation and "eval/test/mean_iou" not in evaluation
+
+
+def test_without_evaluation_data_a_twentieth_is_held_out(checkpoint, scenes, tmp_path):
+    argv = options(checkpoint, scenes, tmp_path / "out", "--steps", "1")
+    place = argv.index("--eval_data")
+    main(parse_options(Config, argv[:place] + argv[place + 2 :], {}))
+    assert json.loads((tmp_path / "out" / "eval.jsonl").read_text().splitlines()[0])["eval/held_out/samples"] == 1
+
+
+def test_a_dry_run_prints_what_a_run_would_do_and_writes_nothing(checkpoint, scenes, tmp_path, capsys):
+    main(parse_options(Config, options(checkpoint, scenes, tmp_path / "out", "--dry_run"), {}))
+    text = capsys.readouterr().out
+    assert "24 samples; 2 prompts and 6 completions a step; 12.0 steps an epoch; 12 steps" in text
+    assert "1,104,672 of 1,104,672 parameters trained" in text and "GB  reference" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(checkpoint, scenes, tmp_path, monkeypatch, capsys):
+    import os
+    import signal
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real_step(*arguments)
+
+    real_step = train.train_step
+    monkeypatch.setattr(train, "train_step", interrupted)
+    rows = run(checkpoint, scenes, tmp_path / "out", "--steps", "5", "--eval_every", "0")
+    assert len(rows) == 1 and (tmp_path / "out" / "checkpoints" / "step-000001").exists()
+    assert f"--resume {tmp_path / 'out'}" in capsys.readouterr().out
+
+
+def test_torchrun_with_two_processes_trains_and_logs_once(checkpoint, scenes, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(HERE / "train.py"),
+    ]
+    more = ["--steps", "2", "--eval_every", "2", "--freeze_vision", "--gradient_checkpointing"]
+    done = subprocess.run(
+        command + options(checkpoint, scenes, tmp_path / "out", *more), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert len(list((tmp_path / "out" / "checkpoints" / "step-000002").glob("state-*.safetensors"))) == 2
+
+
+def test_images_are_opened_once_per_prompt_and_step(checkpoint, scenes, tmp_path, monkeypatch):
+    opened = []
+    real_open = Image.open
+    rows_before = run(checkpoint, scenes, tmp_path / "a", "--steps", "1", "--eval_every", "0")
+    monkeypatch.setattr("vlm.load_image", lambda path: opened.append(path) or real_open(path).convert("RGB"))
+    rows = run(checkpoint, scenes, tmp_path / "b", "--steps", "1", "--eval_every", "0")
+    assert len(opened) == 2 and only_numbers(rows) == only_numbers(rows_before)  # two prompts, six completions
