@@ -12,6 +12,7 @@ unpickled, and any number of ranks can read it, because a shard is a range of ro
 import json
 import os
 import shutil
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,7 +66,12 @@ def launch(main: Callable, *arguments: object) -> None:
     with socket.socket() as probe:  # a port that is free now
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_worker, (count, port, main, arguments), nprocs=count)  # an error in one process ends them all
+    workers = mp.spawn(_worker, (count, port, main, arguments), nprocs=count, join=False)
+    # Ctrl-C reaches every process of the terminal by itself, a scheduler's SIGTERM only this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in workers.processes])
+    while not workers.join():  # an error in one process ends them all
+        pass
 
 
 def _worker(rank: int, count: int, port: int, main: Callable, arguments: tuple) -> None:
@@ -263,11 +269,13 @@ def load_training_state(
 def _restore_moment(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str, files: list, world: World
 ) -> None:
-    if not any(parameter is other for group in optimizer.param_groups for other in group["params"]):
+    group = next((g for g in optimizer.param_groups if any(parameter is other for other in g["params"])), None)
+    if group is None:
         return
     kind = key.removeprefix("moment.").split(":")[0]
     if not files[0].get_slice(key).get_shape():  # a count of steps, the same on every rank
-        optimizer.state[parameter][kind] = files[0].get_tensor(key)
+        device = parameter.device if group.get("fused") else "cpu"  # where AdamW itself keeps it
+        optimizer.state[parameter][kind] = files[0].get_tensor(key).to(device)
         return
     moment = torch.zeros_like(parameter)
     _local(moment).copy_(_read_rows(files, key, parameter, world))

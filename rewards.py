@@ -163,7 +163,7 @@ def box_ious(
         sides = np.minimum(p[..., :2] + p_size, t[..., :2] + t_size) - np.maximum(p[..., :2], t[..., :2])  # [P, T, 2]
         overlap = np.maximum(sides[..., 0], 0) * np.maximum(sides[..., 1], 0)
         union = p_size[..., 0] * p_size[..., 1] + t_size[..., 0] * t_size[..., 1] - overlap
-        return np.where((overlap > 0) & (union > 0) & (union < np.inf), overlap / union, 0.0)
+        return np.where((overlap > 0) & (union < np.inf), overlap / union, 0.0)
 
 
 def average_precision(

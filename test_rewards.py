@@ -23,6 +23,7 @@ from rewards import (
     REWARD_RANGES,
     REWARDS,
     average_precision,
+    box_ious,
     clean_text,
     count_tokens,
     find_choice,
@@ -100,6 +101,24 @@ def test_overlaps_are_those_of_counting_cells_and_stay_when_both_boxes_move_and_
         hull = math.prod(max(cell[i] for cell in either) + 1 - min(cell[i] for cell in either) for i in (0, 1))
         assert iou(a, b) == pytest.approx(len(both) / len(either), abs=1e-15)
         assert giou(a, b) == giou(b, a) == pytest.approx(iou(a, b) - 1 + len(either) / hull, abs=1e-12)
+
+
+def test_the_matrix_of_overlaps_holds_the_iou_of_every_pair():
+    draw = random.Random(4)
+    boxes = [[x, y, x + w, y + h] for x, y, w, h in ([draw.uniform(0.1, 40) for _ in range(4)] for _ in range(40))]
+    boxes += [
+        [5, 5, 5, 9],
+        [9, 9, 1, 1],
+        [9, 1, 1, 9],
+        [NAN, 0, 9, 9],
+        [0, 0, INF, 9],
+        [-INF, -INF, INF, INF],
+        [NAN] * 4,
+    ]
+    boxes += [[-1e200, -1e200, 1e200, 1e200]] * 2
+    ious = box_ious(boxes, boxes[::-1])
+    assert ious.shape == (49, 49) and box_ious([], boxes).shape == (0, 49)
+    assert ious == pytest.approx(np.array([[iou(a, b) for b in boxes[::-1]] for a in boxes]), abs=1e-12)
 
 
 def test_giou_takes_off_the_empty_share_of_the_enclosing_box():

@@ -81,8 +81,8 @@ def test_a_run_learns_the_format_and_writes_a_checkpoint(checkpoint, scenes, tmp
     rate = {"adamw": "3e-3", "muon": "2e-2"}[optimizer]
     argv = ["--model", checkpoint, "--data", str(scenes / "train.jsonl"), "--eval_data", str(scenes / "test.jsonl"),
             "--template", "plain", "--response", toy.RESPONSE, "--output_dir", str(tmp_path / "out"),
-            "--prompts_per_step", "8", "--min_pixels", "256", "--learning_rate", rate, "--steps", "12", "--max_completion_tokens", "24",
-            "--optimizer", optimizer]  # fmt: skip
+            "--prompts_per_step", "8", "--min_pixels", "256", "--learning_rate", rate, "--steps", "12",
+            "--max_completion_tokens", "24", "--optimizer", optimizer]  # fmt: skip
     main(parse_options(Config, argv, {}))
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
