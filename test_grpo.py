@@ -61,7 +61,7 @@ def test_a_group_of_one_or_of_another_size_is_refused(size):
 
 def slow_loss(logprobs, old, ref, advantages, mask, *, low, high, beta, variant, limit=None):
     """The same loss one token at a time in Python floats."""
-    total, tokens = 0.0, int(mask.sum())
+    logprobs, total, tokens = logprobs.detach(), 0.0, int(mask.sum())
     for row in range(len(mask)):
         length = int(mask[row].sum())
         differences = [float(logprobs[row, t] - old[row, t]) for t in range(length)]

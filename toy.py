@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vlm import image_only
+from vlm import image_only, load_model
 
 SIDE = 64  # pixels of a scene, both ways
 COLOURS = {"red": (214, 40, 40), "green": (44, 160, 44), "blue": (40, 80, 220), "yellow": (235, 215, 40),
@@ -49,9 +49,9 @@ _HELD_OUT = [
 ]  # the first picks the best checkpoint
 _SHARED = {"template": "plain", "max_completion_tokens": 24, "min_pixels": 16 * 16, "max_pixels": 256 * 256}
 _TRAINING = {**_SHARED, "data": [str(DATA / "train.jsonl")], "image_root": [str(DATA)], "eval_data": _HELD_OUT,
-             "eval_image_root": [str(DATA)], "row_tokens": 1024, "eval_batch_size": 64}  # fmt: skip
+             "eval_image_root": [str(DATA)], "row_tokens": 400, "eval_batch_size": 64}  # fmt: skip
 PRESETS = {
-    "train": {**_TRAINING, "steps": 300, "learning_rate": 3e-4, "beta": 0.0, "eval_every": 100, "save_every": 300},
+    "train": {**_TRAINING, "steps": 300, "learning_rate": 3e-4, "beta": 0.0, "eval_every": 100},
     "sft": {**_TRAINING, "steps": 300, "learning_rate": 3e-4, "response": RESPONSE},
     "eval": {**_SHARED, "data": _HELD_OUT[:1], "image_root": [str(DATA)], "batch_size": 64},
 }
@@ -210,7 +210,7 @@ def write_data(directory: Path = DATA) -> None:
 
 def write_start(directory: Path) -> None:
     """What the start is made from: an untrained model, and scenes with true and with loose boxes."""
-    write_split(directory, "true", 6000, seed=10, relations=0.05, fewest=1, questions=4)
+    write_split(directory, "true", 24000, seed=10, relations=0.05, fewest=1, questions=4)
     write_split(directory, "loose", 6000, seed=11, relations=0.05, fewest=1, questions=4, loose=True)
     processor = build_processor()
     build_model(processor.tokenizer).save_pretrained(directory / "untrained")
@@ -290,7 +290,22 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2_5_VL
     return model
 
 
+def ship(checkpoint: Path, directory: Path = MODEL) -> None:
+    """Writes a checkpoint as the start that the repository ships: bf16, and nothing but what loading needs."""
+    model, processor = load_model(str(checkpoint), dtype=torch.bfloat16, min_pixels=16 * 16, max_pixels=256 * 256)
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+
+
+def main(argv: list[str]) -> None:
+    commands = {"start": write_start, "ship": ship}
+    if len(argv) != 2 or argv[0] not in commands:
+        raise SystemExit(
+            "usage: python toy.py start DIRECTORY    write there what the start is made from\n"
+            "       python toy.py ship CHECKPOINT    make that checkpoint the start, in toy_model/"
+        )
+    commands[argv[0]](Path(argv[1]))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python toy.py DIRECTORY   writes there what the start is made from, see the README")
-    write_start(Path(sys.argv[1]))
+    main(sys.argv[1:])

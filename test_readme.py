@@ -1,0 +1,40 @@
+"""README.md: what it names exists, and its line counts are those of the files."""
+
+import importlib
+import re
+from pathlib import Path
+
+HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text()
+
+
+def test_every_module_is_in_the_file_table_with_its_length():
+    stated = {name: int(lines) for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)}
+    modules = {path.name for path in HERE.glob("*.py")} - {path.name for path in HERE.glob("test_*.py")} - {"conftest.py"}
+    assert stated.keys() == modules
+    for name, lines in stated.items():
+        assert abs(len((HERE / name).read_text().splitlines()) - lines) <= 0.1 * lines, name
+
+
+def test_every_test_and_function_the_readme_names_exists():
+    tests = "\n".join(path.read_text() for path in HERE.glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert f"def {name}(" in tests, name
+    for module, path in re.findall(r"`(grpo|rewards|rollout|data|vlm|parallel|run|train|eval|sft)\.([A-Z_a-z.]+)`", README):
+        if path != "py":
+            thing = importlib.import_module(module)
+            for part in path.split("."):
+                thing = getattr(thing, part)
+
+
+def test_every_option_the_readme_names_exists():
+    import eval as evaluation
+    import sft
+    import toy
+    import train
+
+    fields = {name for module in (train, sft, evaluation) for name in module.Config.__dataclass_fields__}
+    foreign = {"standalone", "nproc_per_node", "nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint"}
+    for name in re.findall(r"--(\w+)", README):
+        assert name in fields | foreign | {"help"}, name
+    assert toy.MODEL.is_dir()
