@@ -32,7 +32,7 @@ from parallel import (
 from rollout import sample_completions
 from run import make_optimizers
 from test_rollout import make_completions, make_prompts
-from train import Rollout, learn, make_rows, reference_logprobs
+from train import Rollout, learn, make_rows, score_row
 from vlm import Prompt, blank_prompt, trainable
 
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -88,7 +88,8 @@ def step_gradients(model, reference, processor, world, row_tokens, **changes):
     config = replace(CONFIG, row_tokens=row_tokens, **changes)
     rollout = make_rollout(model, processor, world)
     rows = make_rows(rollout, config, world, blank_prompt(processor))
-    ref = reference_logprobs(reference, rows, config, []) if reference is not None else None
+    with torch.no_grad():
+        ref = [score_row(reference, row, config, [])[0] for row in rows] if reference is not None else None
     recorder = Recorder(model)
     figures = learn(model, [recorder], rollout, rows, ref, config, world, [])
     return recorder.gradients, figures, len(rows)

@@ -13,7 +13,7 @@ Shapes: B prompts of this rank, G completions each, N = B * G, C tokens of the l
 import math
 import statistics
 import sys
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -201,11 +201,17 @@ def make_rows(rollout: Rollout, config: Config, world: World, blank: Prompt) -> 
     return rows
 
 
-def reference_logprobs(reference: nn.Module, rows: list[Row], config: Config, banned_ids: list[int]) -> list[Tensor]:
-    """Per row, [n, C] log-probs under the reference."""
-    options = {"temperature": config.temperature, "banned_ids": banned_ids}
-    with torch.no_grad():
-        return [stack_groups(completion_logprobs(reference, row.inputs, row.completions, **options)) for row in rows]
+def score_row(model: nn.Module, row: Row, config: Config, banned_ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [n, C] of a row's completions under the distribution that was drawn from."""
+    logprobs, entropies = completion_logprobs(
+        model,
+        row.inputs,
+        row.completions,
+        temperature=config.temperature,
+        banned_ids=banned_ids,
+        return_entropies=True,
+    )
+    return stack_groups(logprobs), stack_groups(entropies)
 
 
 def learn(
@@ -213,64 +219,46 @@ def learn(
     optimizers: list[torch.optim.Optimizer],
     rollout: Rollout,
     rows: list[Row],
-    ref: list[Tensor] | None,
+    ref: list[Tensor] | None,  # per row, [n, C] log-probs under the reference
     config: Config,
     world: World,
     banned_ids: list[int],
 ) -> dict[str, float]:
-    """num_iterations passes of the loss over the rows, an optimizer step each; figures of the first, summed over ranks.
+    """num_iterations passes of the loss over the rows, an optimizer step each; their figures, summed over ranks.
 
     The first pass runs on the weights that drew, so its log-probs are the old ones of all passes: no extra forward.
     """
     num_tokens = all_sum({"tokens": float(sum(row.mask.sum() for row in rows))}, world)["tokens"]
-    step_totals = {
+    options = {
+        **{
+            name: getattr(config, name)
+            for name in ("clip_low", "clip_high", "beta", "variant", "max_completion_tokens")
+        },
         "num_completions": config.prompts_per_step * config.group_size,
         "num_tokens": num_tokens,
-        "max_completion_tokens": config.max_completion_tokens,
     }
-    old: list[Tensor] = []
-    sums, largest_gap, norm = {}, 0.0, 0.0
+    old, sums, gap_max = [], defaultdict(float), torch.zeros((), device=world.device)
     policy.train()
     for iteration in range(config.num_iterations):
         for number, row in enumerate(rows):
-            logprobs, entropies = map(
-                stack_groups,
-                completion_logprobs(
-                    policy,
-                    row.inputs,
-                    row.completions,
-                    temperature=config.temperature,
-                    banned_ids=banned_ids,
-                    return_entropies=True,
-                ),
-            )
+            logprobs, entropies = score_row(policy, row, config, banned_ids)
             if iteration == 0:
                 old.append(logprobs.detach())
-            loss, figures = grpo_loss(
-                logprobs,
-                old[number],
-                ref[number] if ref else None,
-                rollout.advantages[row.members],
-                row.mask,
-                clip_low=config.clip_low,
-                clip_high=config.clip_high,
-                beta=config.beta,
-                variant=config.variant,
-                **step_totals,
-            )
+                gap = (rollout.draw_logprobs[row.members, : row.mask.shape[1]] - old[number]).abs() * row.mask
+                gap_max = torch.cat([gap.flatten(), gap_max.view(1)]).amax()  # a blank row has no gap at all
+                sums["draw_gap"] += gap.sum() / num_tokens
+                sums["entropy"] += (entropies.detach() * row.mask).sum() / num_tokens
+            advantages, ref_logprobs = rollout.advantages[row.members], ref[number] if ref else None
+            loss, figures = grpo_loss(logprobs, old[number], ref_logprobs, advantages, row.mask, **options)
             (loss * gradient_scale(world)).backward()
-            gap = (rollout.draw_logprobs[row.members, : row.mask.shape[1]] - old[number]).abs() * row.mask
-            largest_gap = max(largest_gap, float(gap.max()) if gap.numel() else 0.0)
-            first_pass = {"entropy": (entropies * row.mask).sum() / num_tokens, "draw_gap": gap.sum() / num_tokens}
-            for name, value in {"loss": loss, **figures, **(first_pass if iteration == 0 else {})}.items():
-                part = value.detach() / (1 if name in first_pass else config.num_iterations)
-                sums[name] = sums.get(name, 0.0) + float(part)
+            for name, value in {"loss": loss.detach(), **figures}.items():
+                sums[name] += value / config.num_iterations  # tensors: a float here would wait for the device
         norm = clip_gradients([parameter for _, parameter in trainable(policy)], config.max_grad_norm)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    gap_max = all_sum({"draw_gap_max": largest_gap}, world, largest=True)
-    return {**all_sum(sums, world), **gap_max, "grad_norm": norm}
+    largest = all_sum({"draw_gap_max": float(gap_max)}, world, largest=True)
+    return {**all_sum({name: float(value) for name, value in sums.items()}, world), **largest, "grad_norm": norm}
 
 
 def rollout_figures(rollout: Rollout, config: Config, world: World, eos_ids: list[int]) -> dict[str, float]:
@@ -339,7 +327,8 @@ def train_step(
         rollout = roll_out(policy, processor, prompts, config, generator=generator, **ids)
     with timed("score", world) as score:
         rows = make_rows(rollout, config, world, blank)
-        ref = reference_logprobs(reference, rows, config, ids["banned_ids"]) if reference else None
+        with torch.no_grad():
+            ref = [score_row(reference, row, config, ids["banned_ids"])[0] for row in rows] if reference else None
     with timed("learn", world) as learning:
         figures = learn(policy, optimizers, rollout, rows, ref, config, world, ids["banned_ids"])
     seconds = {**draw, **score, **learning}
