@@ -147,6 +147,8 @@ def _first_exchange(turns: object, source: str) -> tuple[object, object]:
         raise ValueError(
             f'{source}: "conversations" must hold the question\'s turn and the answer\'s, each with a "value"'
         )
+    if len(turns) > 2:
+        raise ValueError(f"{source}: {len(turns)} turns; one question and one answer are trained on, so split the line")
     return turns[0]["value"], turns[1]["value"]
 
 
@@ -188,9 +190,12 @@ def _is_box(value: object) -> bool:
 def check_samples(samples: list[Sample], *, progress: bool = False) -> None:
     """Refuses missing images, unreadable headers and boxes outside their image, with file, line, value and remedy."""
     paths = list(dict.fromkeys(path for sample in samples for path in sample.images))
+    missing = {path for path in paths if not Path(path).is_file()}
     for sample in samples:
+        if sample.has_boxes and not sample.images:
+            raise ValueError(f"{sample.source}: a box without an image; name one, or choose rewards that read no boxes")
         for path in sample.images:
-            if not Path(path).is_file():
+            if path in missing:
                 raise ValueError(f"{sample.source}: no image at {path}; check the file's image root and the name")
     stride = -(-len(paths) // MAX_HEADERS) if paths else 1
     sizes = {}
@@ -223,7 +228,7 @@ def _header_size(path: str) -> tuple[int, int] | str:
     try:
         with Image.open(path) as image:
             return _shown_size(image)
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:  # ValueError: an oversized text chunk
         return str(error)
 
 
@@ -239,7 +244,7 @@ def load_image(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises SyntaxError on broken PNGs
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
         raise BadSample(f"{path} does not decode: {error}") from error
 
 

@@ -1,15 +1,16 @@
 """Evaluation: greedy answers on held-out samples, scored by the parser and the overlap that the reward uses.
 
 `python eval.py --model M --data F --image_root D` runs on all GPUs and writes one JSON: a summary and a row per sample.
-train.py and sft.py call `evaluate` on the model in training, so a number in their logs is the number this prints.
+train.py and sft.py call `evaluate_sets` on the model in training. A checkpoint of a run is evaluated under that run's
+prompt, pixels and length, unless told otherwise, so a number in its log is the number printed here.
 """
 
 import json
-import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,15 +20,13 @@ from transformers import ProcessorMixin
 from transformers.hf_argparser import HfArg
 
 import toy
-from data import BadSample, Sample, template_text
+from data import BadSample, Sample, answer_boxes, template_text
 from options import RunConfig, compute_dtype, parse_options
 from parallel import World, all_gather, gathered, launch, process_group, shard_model
-from rewards import first_box, iou, load_reward
+from rewards import first_box, iou, load_reward, reads_boxes
 from rollout import sample_completions
-from run import RunLog, load_samples
+from run import RunLog, load_samples, seeded_sample
 from vlm import MAX_PIXELS, banned_token_ids, build_prompt, eos_token_ids, load_model, to_image_box
-
-TASKS = ("rec", "text")
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Config:
     model: str = HfArg(default=str(toy.MODEL), help="hub name or directory of the model; the toy's start by default")
     data: list[str] = HfArg(default_factory=list, help="data files, VLM-R1's evaluation JSON or training JSONL")
     image_root: list[str] = HfArg(default_factory=list, help="image directory of each data file, or one for all")
-    task: str = HfArg(default="rec", help="rec: one box per answer; text: the mean of --reward")
+    task: Literal["rec", "text"] = HfArg(default="rec", help="rec: one box per answer; text: the mean of --reward")
     reward: str = HfArg(default="default", help="reward of task text, where the data names none")
     template: str = HfArg(default="rec", help="prompt template, a name of data.TEMPLATES or a text with {question}")
     limit: int = HfArg(default=0, help="evaluate this many samples, drawn with --seed; 0 for all")
@@ -44,12 +43,15 @@ class Config:
     max_pixels: int = HfArg(default=MAX_PIXELS, help="pixels of an image at most; the same as in training")
     min_pixels: int = HfArg(default=3136, help="pixels of an image at least")
     batch_size: int = HfArg(default=32, help="answers decoded together per process")
-    dtype: str = HfArg(default="auto", help="compute in bf16 or fp32; auto is bf16 on a GPU")
+    dtype: Literal["auto", "bf16", "fp32"] = HfArg(default="auto", help="compute in; auto is bf16 on a GPU")
     output: str = HfArg(default="", help="write summary and rows to this JSON file")
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"task {self.task!r} is unknown: one of {', '.join(TASKS)}")
+        for name in ("batch_size", "max_completion_tokens", "min_pixels"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
+        if self.limit < 0:
+            raise ValueError(f"limit is {self.limit}: it must not be negative")
         load_reward(self.reward)
         if not self.data:
             raise ValueError("data is empty: name at least one file to evaluate on")
@@ -107,10 +109,11 @@ def greedy_rows(
                     "truncated": int(ids[-1]) not in eos,
                 }
                 name = prompt.sample.reward or reward
-                if name in ("iou", "giou"):
+                boxes = answer_boxes(prompt.answer) if prompt.sample.has_boxes else None
+                if name in ("iou", "giou") and boxes and len(boxes) == 1:
                     box = first_box(text)
                     row["box"] = box and to_image_box(box, prompt.image_size, prompt.input_size, family)
-                    row["iou"] = iou(box, json.loads(prompt.answer)) if box else 0.0
+                    row["iou"] = iou(box, boxes[0]) if box else 0.0
                 else:
                     row["reward"] = load_reward(name)(text, prompt.answer)
                 rows.append(row)
@@ -125,8 +128,9 @@ def summarize(rows: Sequence[dict]) -> dict[str, float]:
             f"none of {len(rows)} samples could be read; the first: {rows[0]['bad_sample'] if rows else 'none'}"
         )
     summary = {"samples": len(good), "bad_samples": len(rows) - len(good)}
-    if "iou" in good[0]:
-        overlaps = np.array([row["iou"] for row in good])
+    boxed = [row for row in good if "iou" in row]
+    if boxed:
+        overlaps = np.array([row["iou"] for row in boxed])
         low, high = bootstrap_interval(overlaps > 0.5)
         summary |= {
             "accuracy": float((overlaps > 0.5).mean()),
@@ -134,12 +138,12 @@ def summarize(rows: Sequence[dict]) -> dict[str, float]:
             "accuracy_high": high,
             "accuracy_75": float((overlaps > 0.75).mean()),
             "mean_iou": float(overlaps.mean()),
-            "unparsed": float(np.mean([row["box"] is None for row in good])),
+            "unparsed": float(np.mean([row["box"] is None for row in boxed])),
         }
-    else:
-        values = np.array([row["reward"] for row in good])
-        low, high = bootstrap_interval(values)
-        summary |= {"reward": float(values.mean()), "reward_low": low, "reward_high": high}
+    others = np.array([row["reward"] for row in good if "reward" in row])
+    if len(others):
+        low, high = bootstrap_interval(others)
+        summary |= {"reward": float(others.mean()), "reward_low": low, "reward_high": high}
     return summary | {"truncated": float(np.mean([row["truncated"] for row in good]))}
 
 
@@ -189,11 +193,14 @@ def bootstrap_interval(values: np.ndarray, *, resamples: int = 2000, seed: int =
 def main(config: Config) -> None:
     dtype = compute_dtype(config.dtype)
     with process_group(bf16=dtype == torch.bfloat16) as world:
-        sets = load_samples(config.data, config.image_root, has_boxes=config.task == "rec", progress=world.first)
+        sets = load_samples(
+            config.data,
+            config.image_root,
+            has_boxes=config.task == "rec" or reads_boxes(config.reward),
+            progress=world.first,
+        )
         samples = [sample for part in sets for sample in part]
-        if config.limit:
-            random.Random(config.seed).shuffle(samples)
-            samples = samples[: config.limit]
+        samples = seeded_sample(samples, config.limit, config.seed)
         model, processor = load_model(
             config.model, max_pixels=config.max_pixels, min_pixels=config.min_pixels, dtype=dtype
         )
@@ -217,5 +224,14 @@ def main(config: Config) -> None:
                 )
 
 
+def run_options(model: str) -> dict:
+    """What a checkpoint of a run of ours was trained under and evaluation shares; nothing for any other model."""
+    path = Path(model).resolve().parent.parent / "config.json"  # of OUT/checkpoints/step-000100, or OUT/best
+    if not path.is_file() or "options" not in (saved := json.loads(path.read_text())):
+        return {}
+    names = ("template", "max_completion_tokens", "max_pixels", "min_pixels")
+    return {name: saved["options"][name] for name in names}
+
+
 if __name__ == "__main__":
-    launch(main, parse_options(Config, sys.argv[1:], toy.PRESETS["eval"]))
+    launch(main, parse_options(Config, sys.argv[1:], toy.PRESETS["eval"], run_options))

@@ -188,7 +188,7 @@ def linear_logprobs(
     """Log-probs and entropies of the tokens, each [T] in fp32, from at most `chunk` rows of logits at a time.
 
     Both are differentiable. `banned_ids` have probability 0, as in sampling. At 2,000 tokens and 152k entries the usual
-    log_softmax keeps three [T, V] tensors, 3.5 GB; here the peak is two chunks and the gradient of the weight.
+    log_softmax keeps three [T, V] tensors, 3.5 GB; here the peak is four chunks and the gradient of the weight.
     """
     if temperature <= 0:
         raise ValueError(f"temperature {temperature}: log-probs need a distribution, so it must be above 0")

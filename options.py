@@ -4,8 +4,9 @@ An option is a dataclass field: the command line, `--help`, config.json and the 
 code reads does not exist. What is unknown or contradictory is refused before anything is loaded.
 """
 
+import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -20,8 +21,9 @@ from vlm import MAX_PIXELS
 
 # Options that another value than the saved one may be given for when a run is resumed; the others make it another run.
 FREE_ON_RESUME = frozenset(
-    "resume output_dir steps row_tokens gradient_checkpointing eval_every eval_batch_size save_every keep_checkpoints "
-    "log_completions_every tensorboard wandb dry_run".split()
+    "resume steps epochs row_tokens draw_batch_size gradient_checkpointing eval_every eval_limit eval_batch_size "
+    "save_every keep_checkpoints log_completions_every tensorboard wandb dry_run "
+    "model data image_root eval_data eval_image_root".split()  # paths: a run may have moved
 )
 
 
@@ -68,6 +70,7 @@ class RunConfig:
         default=200, help="without eval_data: samples kept from training, at most a twentieth of them"
     )
     eval_every: int = HfArg(default=100, help="steps between evaluations; one comes before the first step; 0 for none")
+    eval_limit: int = HfArg(default=500, help="samples of each evaluation set, drawn with the seed; 0 for all")
     eval_batch_size: int = HfArg(default=32, help="answers decoded together per process")
     save_every: int = HfArg(default=100, help="steps between checkpoints; the last step is saved always")
     keep_checkpoints: int = HfArg(default=2, help="newest checkpoints kept, besides the best")
@@ -101,7 +104,7 @@ class RunConfig:
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
-        for name in ("steps", "warmup_steps", "weight_decay", "held_out", "eval_every", "seed"):
+        for name in ("steps", "warmup_steps", "weight_decay", "held_out", "eval_every", "eval_limit", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
         if self.steps == 0 and self.epochs <= 0:
@@ -110,13 +113,19 @@ class RunConfig:
             raise ValueError(f"max_pixels {self.max_pixels} is below min_pixels {self.min_pixels}")
         if self.steps and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} leaves nothing of {self.steps} steps")
+        for board in ("tensorboard", "wandb"):
+            if getattr(self, board) and importlib.util.find_spec(board) is None:
+                raise ValueError(
+                    f"{board} is asked for and not installed: pip install {board}, or leave the option out"
+                )
         template_text(self.template)
 
 
-def parse_options(config_class: type, argv: Sequence[str], preset: dict):
+def parse_options(config_class: type, argv: Sequence[str], preset: dict, defaults_of: Callable | None = None):
     """The options of an entry point from the command line; unknown ones are an error.
 
-    Without --model the preset of the toy stands in for the defaults; with --resume the run's saved options do.
+    Without --model the preset of the toy stands in for the defaults; with --resume the run's saved options do; else
+    those that `defaults_of` finds for the model.
     """
     parser = HfArgumentParser(config_class, allow_abbrev=False)
     given = _given_options(config_class, argv)
@@ -132,6 +141,8 @@ def parse_options(config_class: type, argv: Sequence[str], preset: dict):
     elif "model" not in given:
         toy.write_data()
         parser.set_defaults(**preset)
+    elif defaults_of is not None:
+        parser.set_defaults(**defaults_of(given["model"]))
     return parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)[0]
 
 

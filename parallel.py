@@ -10,6 +10,7 @@ unpickled, and any number of ranks can read it, because a shard is a range of ro
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import MethodType
 
@@ -75,6 +77,7 @@ def launch(main: Callable, *arguments: object) -> None:
 
 
 def _worker(rank: int, count: int, port: int, main: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(max(1, os.cpu_count() // count))
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -100,7 +103,8 @@ def process_group(*, bf16: bool, shard_within_node: bool = False) -> Iterator[Wo
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        # The longest wait is for one rank to write its part of a checkpoint to a slow disk.
+        dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=device if cuda else None)
     elif bf16:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if not dist.is_initialized():
@@ -108,14 +112,13 @@ def process_group(*, bf16: bool, shard_within_node: bool = False) -> Iterator[Wo
         return
     size = dist.get_world_size()
     if shard_within_node:
-        per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         mesh = init_device_mesh(device.type, (size // per_node, per_node), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    try:
-        yield World(dist.get_rank(), size, device, mesh if size > 1 or bf16 else None)
-    finally:
-        dist.destroy_process_group()
+    yield World(dist.get_rank(), size, device, mesh if size > 1 or bf16 else None)
+    # Not in a `finally`: leaving the group would wait for ranks that wait for this one, and hide its error.
+    dist.destroy_process_group()
 
 
 def all_sum(values: dict[str, float], world: World, *, largest: bool = False) -> dict[str, float]:
@@ -149,16 +152,16 @@ def shard_model(model: nn.Module, world: World, *, compute_dtype: torch.dtype, t
     """The model on its device, sharded over the mesh, computing in compute_dtype; `trained=False` for a reference."""
     if world.mesh is None:
         return model.to(world.device)
-    options = {
-        "mesh": world.mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
-    }
+    dtypes = {"param_dtype": compute_dtype, "reduce_dtype": torch.float32}
+    # The root casts the pixels. A block's inputs are cast already, but for the vision tower's fp32 rotary angles.
+    block_policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
     blocks = model.get_submodule(family_of(model.config.model_type).vision_blocks)
     for block in [*model.get_submodule(DECODER_LAYERS), *blocks]:
-        fully_shard(block, **options)
+        fully_shard(block, mesh=world.mesh, mp_policy=block_policy)
     # The root holds the embeddings and the head, tied or not, and all between the blocks. It stays gathered from its
     # forward to its backward; a reference has no backward to free it again.
-    fully_shard(model, reshard_after_forward=not trained, **options)
+    root_policy = MixedPrecisionPolicy(**dtypes)
+    fully_shard(model, mesh=world.mesh, mp_policy=root_policy, reshard_after_forward=not trained)
     for function in (row_logprobs, next_logits):
         setattr(model, function.__name__, MethodType(function, model))
         register_fsdp_forward_method(model, function.__name__)
@@ -191,6 +194,16 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
+def apply_gradients(optimizers: list[torch.optim.Optimizer], norm: float) -> bool:
+    """Steps and clears the gradients; False, and no step, where their norm is not finite (the same on every rank)."""
+    finite = math.isfinite(norm)
+    for optimizer in optimizers:
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return finite
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
@@ -203,23 +216,30 @@ def save_checkpoint(
     *,
     source: str,
     dtype: torch.dtype,
+    pixels: tuple[int, int],
 ) -> None:
     """Writes a Hugging Face directory plus training state beside `directory`, then renames: it is whole or not there.
 
-    `source` is where the model came from (tokenizer and processor files are copied), `state` goes into trainer.json.
+    `source` is where the model came from: tokenizer and processor files are copied, with the pixel budget (least, most)
+    of the training. `state` goes into trainer.json.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     if world.first:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in directory.parent.glob(".*.partial"):  # of a run that died while saving
+            shutil.rmtree(left)
         partial.mkdir(parents=True)
     barrier(world)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = model.state_dict() if world.mesh is None else get_model_state_dict(model, options=options)
     if world.first:
         weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+        if (
+            model.config.tie_word_embeddings
+        ):  # transformers drops a tied head by its shared storage, which the cast ends
+            weights.pop("lm_head.weight", None)
         model.save_pretrained(partial, state_dict=weights)  # not safetensors by hand: it maps names back to the hub's
         _set_config_dtype(partial / "config.json", dtype)
-        copy_side_files(source, partial)
+        copy_side_files(source, partial, pixels)
         (partial / "trainer.json").write_text(json.dumps({**state, "num_shards": _num_shards(world)}, indent=1))
     if _shard_index(world) is not None:
         save_file(_training_tensors(model, optimizers), partial / f"state-{_shard_index(world):05d}.safetensors")
@@ -237,14 +257,23 @@ def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
 
 
-def copy_side_files(source: str, directory: Path) -> None:
-    """Copies tokenizer, processor and chat template files of a local or hub checkpoint."""
+def copy_side_files(source: str, directory: Path, pixels: tuple[int, int]) -> None:
+    """Copies tokenizer, processor and chat template files of a local or hub checkpoint, with this pixel budget."""
     for name in SIDE_FILES:
         path = cached_file(
             source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
         )
         if path is not None:
             shutil.copyfile(path, directory / name)
+    for name in ("preprocessor_config.json", "processor_config.json"):  # the hub's layout, and that of transformers 5
+        if (path := directory / name).exists():
+            config = json.loads(path.read_text())
+            images = config.get("image_processor", config)
+            if "longest_edge" in images.get("size", {}) or "max_pixels" in images:
+                least, most = pixels  # inference then sees images as training did, not at the hub's 12.8 million pixels
+                images |= {"size": {"shortest_edge": least, "longest_edge": most}}
+                images |= {key: value for key, value in (("min_pixels", least), ("max_pixels", most)) if key in images}
+                path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_training_state(

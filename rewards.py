@@ -597,6 +597,12 @@ REWARDS: dict[str, Reward] = {
 # whatever truth the reward beside it takes.
 BOX_REWARDS = frozenset({"iou", "giou", "od_ap", "od_ap50", "od_length", "od_f1", "weighted_sum", "point_in_box"})
 
+
+def reads_boxes(spec: str) -> bool:
+    """Whether a bare list of four numbers is a box to this reward; a plugin is assumed to read boxes."""
+    return spec in BOX_REWARDS or ":" in spec
+
+
 REWARD_RANGES: dict[str, tuple[float, float]] = {name: (0.0, 1.0) for name in REWARDS} | {
     "giou": (-1.0, 1.0),
     "cosine_length": (-0.5, 1.0),

@@ -13,6 +13,7 @@ Shapes: B prompts, G completions per prompt, P prompt tokens, C completion token
 R sequences being decoded, V vocabulary, A position axes (3 in Qwen's and GLM's rotary embedding, 1 elsewhere).
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -236,6 +237,7 @@ def sample_completions(
     that is before top_k and top_p: what `completion_logprobs` is to reproduce.
     """
     require_mask_support(model)
+    banned_ids = torch.as_tensor(list(banned_ids), dtype=torch.long, device=next(model.parameters()).device)
     was_training = model.training
     model.eval()  # dropout off; and in train mode gradient checkpointing drops the cache
     with torch.no_grad():
@@ -264,8 +266,9 @@ def prefill(
     Prompts run in packed rows and are then aligned at their last token; `visible` is False on the padding in front, and
     None if all are of one length.
     """
-    layers, logits, nexts, sizes = [], [], [], [prompt["input_ids"].shape[1] for prompt in prompts]
+    sizes = [prompt["input_ids"].shape[1] for prompt in prompts]
     longest = max(sizes)
+    logits, nexts, states = [], [], defaultdict(list)  # states: (layer, 0 for keys or 1 for values) -> one per prompt
     for start, stop in _chunks(sizes, PREFILL_TOKENS):
         row = pack_row(model, prompts[start:stop], [[] for _ in range(start, stop)])
         cache = DynamicCache()
@@ -273,17 +276,13 @@ def prefill(
         logits.append(root_forward(model, next_logits)(row.inputs, last, cache))
         nexts.append(row.next_positions)
         for number, layer in enumerate(cache.layers):
-            states = [
-                [_left_padded(part[:, :, slice(*span)], longest) for span in row.spans]
-                for part in (layer.keys, layer.values)
-            ]
-            layers.extend([([], [])] if number == len(layers) else [])
-            layers[number][0].extend(states[0])
-            layers[number][1].extend(states[1])
+            for kind, values in enumerate((layer.keys, layer.values)):
+                states[number, kind] += [_left_padded(values[:, :, slice(*span)], longest) for span in row.spans]
     repeated = DynamicCache()
-    for number, (keys, values) in enumerate(layers):
-        repeated.update(*(torch.cat(part).repeat_interleave(group_size, 0) for part in (keys, values)), number)
-        layers[number] = None  # the single copies are freed layer by layer, so the peak is one cache, not two
+    for number in range(len(states) // 2):
+        # Popped, so that the single copies are freed layer by layer and the peak is one cache, not two.
+        keys, values = (torch.cat(states.pop((number, kind))).repeat_interleave(group_size, 0) for kind in (0, 1))
+        repeated.update(keys, values, number)
     device = logits[0].device
     visible = torch.arange(longest, device=device) >= longest - torch.tensor(sizes, device=device)[:, None]
     visible = None if min(sizes) == longest else visible.repeat_interleave(group_size, 0)
@@ -358,7 +357,7 @@ def pick_tokens(
     temperature: float,
     top_k: int = 0,
     top_p: float = 1.0,
-    banned_ids: Sequence[int] = (),
+    banned_ids: Sequence[int] | Tensor = (),
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Next ids [R] and their log-probs [R]; temperature 0 takes the most likely."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
@@ -25,6 +25,7 @@ from data import BadSample, Sample, check_samples, read_samples, step_indices
 from grpo import CHUNK_LOGITS
 from options import RunConfig, compute_dtype
 from parallel import World, all_gather, all_sum, load_training_state, save_checkpoint, shard_model
+from rollout import plan_rows
 from vlm import Prompt, build_prompt, load_model, trainable
 
 MAX_BAD_SHARE = 0.01  # of the samples used; more than that is a broken data set, not a broken file
@@ -108,6 +109,14 @@ def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float
     return optimizers[0].param_groups[0]["lr"]
 
 
+def total_steps(config: RunConfig, num_samples: int) -> int:
+    """--steps, or the steps that --epochs come to."""
+    steps = config.steps or math.ceil(config.epochs * num_samples / config.prompts_per_step)
+    if config.warmup_steps >= steps:
+        raise ValueError(f"warmup_steps {config.warmup_steps} leaves nothing of {steps} steps")
+    return steps
+
+
 # ---- samples -------------------------------------------------------------------------------------------------------
 
 
@@ -119,6 +128,15 @@ def load_samples(files: Sequence[str], roots: Sequence[str], *, has_boxes: bool,
     ]
     check_samples([sample for samples in sets for sample in samples], progress=progress)
     return sets
+
+
+def seeded_sample(samples: list[Sample], limit: int, seed: int) -> list[Sample]:
+    """The first `limit` (0: all) after a seeded shuffle, as VLM-R1 draws its 2,000 with seed 42."""
+    if not 0 < limit < len(samples):
+        return samples
+    shuffled = list(samples)
+    random.Random(seed).shuffle(shuffled)
+    return shuffled[:limit]
 
 
 def split_held_out(samples: list[Sample], held_out: int, seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -191,9 +209,36 @@ def load_run_samples(
         eval_sets = load_samples(config.eval_data, config.eval_image_root, **options)
         names = [Path(path).stem for path in config.eval_data]
         names = names if len(set(names)) == len(names) else list(config.eval_data)
+        eval_sets = [seeded_sample(part, config.eval_limit, config.seed) for part in eval_sets]
         return samples, dict(zip(names, eval_sets, strict=True))
     samples, held_out = split_held_out(samples, config.held_out, config.seed)
     return samples, {"held_out": held_out} if held_out else {}
+
+
+def micro_batches(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Tensor]],  # of each prompt
+    row_tokens: int,
+    world: World,
+    blank: Prompt,
+) -> list[tuple[list[dict], list[list[Tensor]], list[tuple[int, int]]]]:
+    """Packed rows as (inputs, completions, (prompt, completion) of each), as many on every rank, each with an image.
+
+    Each block of a sharded model is gathered from all ranks when it runs. A rank that ran fewer rows, or left out the
+    vision tower for want of an image, would leave the others waiting. A blank prompt, which nothing attends to, mends
+    both for some 20 tokens.
+    """
+    lengths = [[len(ids) for ids in group] for group in completions]
+    plan = plan_rows([prompt.inputs["input_ids"].shape[1] for prompt in prompts], lengths, row_tokens)
+    plan += [[]] * (int(all_sum({"rows": len(plan)}, world, largest=True)["rows"]) - len(plan))
+    rows = []
+    for pieces in plan:
+        inputs = [prompts[number].inputs for number, _ in pieces]
+        chosen = [[completions[number][index] for index in indices] for number, indices in pieces]
+        if world.size > 1 and not any("pixel_values" in prompt for prompt in inputs):
+            inputs, chosen = [*inputs, blank.inputs], [*chosen, []]
+        rows.append((inputs, chosen, [(number, index) for number, indices in pieces for index in indices]))
+    return rows
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
@@ -222,6 +267,7 @@ class CheckpointKeeper:
             self.world,
             source=self.config.model,
             dtype=compute_dtype(self.config.dtype),
+            pixels=(self.config.min_pixels, self.config.max_pixels),
         )
         if not self.world.first:
             return
@@ -262,12 +308,8 @@ class RunLog:
         self.out, self.first, self.boards = out, world.first, []
         if not self.first:
             return
-        for name in (
-            "metrics.jsonl",
-            "completions.jsonl",
-            "eval.jsonl",
-        ):  # a resumed run repeats what came after its checkpoint
-            _drop_after(out / name, start_step)
+        for name in ("metrics.jsonl", "completions.jsonl", "eval.jsonl"):
+            _drop_after(out / name, start_step)  # a resumed run repeats what came after its checkpoint
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -284,25 +326,25 @@ class RunLog:
         if self.first:
             tqdm.write(text)
 
-    def write(self, name: str, step: int, figures: dict, *, to_boards: bool = True) -> None:
+    def write(self, name: str, step: int, figures: dict) -> None:
         """Appends {"step": ..., **figures} to a file of the run."""
         if not self.first:
             return
         with open(self.out / name, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
         numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
-        for board in self.boards if to_boards else []:
+        for board in self.boards:
             board(step, numbers)
 
 
 def _drop_after(path: Path, step: int) -> None:
+    """Keeps the lines up to that step; one that a killed process left without its end is dropped."""
     if path.exists():
-        lines = [
-            line
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-            if json.loads(line)["step"] <= step
-        ]
-        path.write_text("".join(lines), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        kept = [line + "\n" for line in lines if step and json.loads(line)["step"] <= step]
+        fresh = path.with_suffix(".partial")
+        fresh.write_text("".join(kept), encoding="utf-8")
+        fresh.rename(path)
 
 
 @contextmanager
@@ -320,15 +362,20 @@ def _clock(world: World) -> float:
 
 
 class StopSignal:
-    """Set by the first SIGINT or SIGTERM, so that the step in progress ends and is saved; a second stops at once."""
+    """Set by Ctrl-C or SIGTERM, so that the step in progress ends and is saved; a second Ctrl-C stops at once.
+
+    Schedulers send SIGTERM to every process of a job, and `launch` passes it on: a second one means no more than one.
+    """
 
     def __init__(self):
         self.received = False
-        self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: object) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.received = True
-        signal.signal(number, self.previous[number])
 
     def agreed(self, world: World) -> bool:
         """Whether any rank was told to stop; all ranks hear the same."""
@@ -347,16 +394,17 @@ def memory_estimate(model: nn.Module, world: World, config: RunConfig, *, refere
     text = model.config.get_text_config()
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for _, p in trainable(model))
+    shards = 1 if world.mesh is None else world.mesh["shard"].size()
     width = compute_dtype(config.dtype).itemsize
     layer_width = (
         2 * text.hidden_size if config.gradient_checkpointing else 14 * text.hidden_size + 4 * text.intermediate_size
     )
     terms = {
-        "masters, gradients, moments": (4 * total + 12 * trained) / world.size,
+        "masters, gradients, moments": (4 * total + 12 * trained) / shards,
         "whole copy while drawing": width * total if world.mesh is not None else 0,
-        "reference": width * total / world.size if reference else 0,
+        "reference": width * total / shards if reference else 0,
         "activations of a row": config.row_tokens * text.num_hidden_layers * layer_width * width,
-        "logits of a chunk": 3 * 4 * CHUNK_LOGITS,
+        "logits of a chunk": 4 * 4 * CHUNK_LOGITS,
     }
     return {name: size / 1e9 for name, size in terms.items()}
 

@@ -5,7 +5,6 @@ A true box is written as {"bbox_2d": [x1, y1, x2, y2]}, rounded to whole numbers
 """
 
 import json
-import math
 import sys
 from dataclasses import dataclass
 
@@ -19,8 +18,9 @@ import toy
 from data import IMAGE_MARK, answer_boxes, move_answer_boxes
 from eval import evaluate_sets
 from options import RunConfig, compute_dtype, parse_options
-from parallel import World, all_sum, clip_gradients, gradient_scale, launch, process_group
-from rollout import completion_logprobs, plan_rows
+from parallel import World, all_sum, apply_gradients, clip_gradients, gradient_scale, launch, process_group
+from rewards import load_reward, reads_boxes
+from rollout import completion_logprobs
 from run import (
     CheckpointKeeper,
     PromptFeed,
@@ -31,10 +31,12 @@ from run import (
     load_policy,
     load_run_samples,
     make_optimizers,
+    micro_batches,
     open_run,
     peak_memory_gb,
     set_learning_rate,
     timed,
+    total_steps,
 )
 from vlm import Prompt, banned_token_ids, blank_prompt, trainable
 
@@ -50,6 +52,7 @@ class Config(RunConfig):
         super().__post_init__()
         if "{answer}" not in self.response:
             raise ValueError(f"response {self.response!r} lacks {{answer}}: there would be nothing to learn")
+        load_reward(self.reward)
 
 
 def response_ids(processor: ProcessorMixin, prompt: Prompt, response: str) -> Tensor:
@@ -78,37 +81,33 @@ def train_step(
     answers = [response_ids(processor, prompt, config.response) for prompt in prompts]
     num_tokens = all_sum({"tokens": float(sum(map(len, answers)))}, world)["tokens"]
     banned = banned_token_ids(policy, processor)
-    plan = plan_rows(
-        [p.inputs["input_ids"].shape[1] for p in prompts], [[len(ids)] for ids in answers], config.row_tokens
-    )
-    plan += [[]] * (int(all_sum({"rows": len(plan)}, world, largest=True)["rows"]) - len(plan))
     total = 0.0
     policy.train()
-    for pieces in plan:
-        inputs = [prompts[number].inputs for number, _ in pieces]
-        completions = [[answers[number]] for number, _ in pieces]
-        if world.size > 1 and not any("pixel_values" in prompt for prompt in inputs):  # see train.make_rows
-            inputs, completions = [*inputs, blank.inputs], [*completions, []]
+    for inputs, completions, _ in micro_batches(prompts, [[ids] for ids in answers], config.row_tokens, world, blank):
         logprobs = completion_logprobs(policy, inputs, completions, banned_ids=banned)
         loss = -sum(values.sum() for values in logprobs) / num_tokens
         (loss * gradient_scale(world)).backward()
         total += float(loss.detach())
     norm = clip_gradients([parameter for _, parameter in trainable(policy)], config.max_grad_norm)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return {**all_sum({"loss": total}, world), "answer_tokens": num_tokens, "grad_norm": norm}
+    skipped = float(not apply_gradients(optimizers, norm))
+    return {
+        **all_sum({"loss": total}, world),
+        "answer_tokens": num_tokens,
+        "grad_norm": norm,
+        "skipped_updates": skipped,
+    }
 
 
 def main(config: Config) -> None:
     dtype = compute_dtype(config.dtype)
     with process_group(bf16=dtype == torch.bfloat16, shard_within_node=config.shard_within_node) as world:
-        samples, eval_sets = load_run_samples(config, world, has_boxes=config.reward == "iou")
+        samples, eval_sets = load_run_samples(config, world, has_boxes=reads_boxes(config.reward))
         policy, processor = load_policy(config, world)
-        steps = config.steps or math.ceil(config.epochs * len(samples) / config.prompts_per_step)
+        steps = total_steps(config, len(samples))
         if config.dry_run:
             text = describe_run(policy, processor, samples, config, world, steps, completions=1, reference=False)
-            print(text if world.first else "", end="\n" * world.first)
+            if world.first:
+                print(text)
             return
         optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
         out = open_run(config, world)

@@ -97,6 +97,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_error(root):
         (record('[{"bbox_2d": [5, 5, 1, 1], "label": "cat"}]'), "swapped"),
         (record(accu_reward_method="llm"), "accu_reward_method"),
         ({"conversations": [{"value": "only one"}]}, "conversations"),
+        ({"conversations": [{"value": "q"}, {"value": "a"}, {"value": "q"}]}, "3 turns"),
     ],
 )
 def test_a_bad_line_is_named_with_file_line_and_reason(root, line, reason):
@@ -123,6 +124,12 @@ def test_missing_images_broken_headers_and_boxes_outside_are_refused_before_trai
     (root / "broken.png").write_bytes(b"not a picture")
     samples = read_samples(write(root, record(), record(**change)), root)  # b.jpg is only 20 pixels wide
     with pytest.raises(ValueError, match="train.jsonl:2: "):
+        check_samples(samples)
+
+
+def test_a_box_without_an_image_is_refused_before_training(root):
+    samples = read_samples(write(root, {"conversations": [{"value": "q"}, {"value": "[1, 2, 3, 4]"}]}), root)
+    with pytest.raises(ValueError, match="train.jsonl:1: a box without an image"):
         check_samples(samples)
 
 

@@ -1,6 +1,7 @@
 """eval.py: figures by hand, the reward's own parser, and a whole evaluation from the command line."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,24 @@ def test_the_figures_of_rec_are_shares_of_the_overlaps():
 def test_the_figures_of_a_text_task_are_the_mean_reward():
     summary = summarize([{"reward": value, "truncated": False} for value in (0.0, 1.0, 0.5)])
     assert summary["reward"] == 0.5 and summary["reward_low"] <= 0.5 <= summary["reward_high"]
+
+
+def test_box_and_text_samples_of_one_set_are_both_reported():
+    summary = summarize([row(0.6), {"reward": 0.0, "truncated": True}])
+    assert summary["accuracy"] == 1 and summary["reward"] == 0 and summary["truncated"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ['{"bbox_2d": [0, 0, 10, 10]}', '[{"bbox_2d": [0, 0, 10, 10]}]', '```json\n[{"bbox_2d": [0, 0, 10, 10]}]\n```'],
+)
+def test_every_form_of_one_true_box_is_evaluated(checkpoint, scenes, monkeypatch, answer):
+    model, processor = load_model(checkpoint, min_pixels=256)
+    sample = replace(read_samples(scenes / "test.jsonl", scenes)[0], answer=answer)
+    monkeypatch.setattr(processor.tokenizer, "decode", lambda *arguments, **options: "<answer>[0, 0, 10, 5]</answer>")
+    options = {"template": "plain", "max_completion_tokens": 2, "batch_size": 4}
+    [found] = greedy_rows(model, processor, [sample], ALONE, **options)
+    assert found["iou"] == pytest.approx(0.5)
 
 
 def test_no_readable_sample_is_an_error_that_names_the_first():

@@ -1,6 +1,8 @@
 """train.py: options, one step looked at closely, and whole runs on a small checkpoint."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +17,7 @@ import train
 from data import Sample
 from options import parse_options
 from parallel import World
+from run import _drop_after, learning_rate_factor
 from test_parallel import ALONE, CONFIG, Recorder, make_model, make_rollout
 from train import Config, blank_prompt, causes_for_concern, learn, main, make_rows, roll_out, score_texts
 from vlm import Prompt
@@ -173,7 +176,7 @@ def test_the_gap_between_drawing_and_training_is_rounding_alone():
 def test_a_rank_with_less_to_do_adds_rows_of_a_blank_prompt(monkeypatch):
     model, processor = make_model()
     rollout = make_rollout(model, processor, ALONE)
-    monkeypatch.setattr(train, "all_sum", lambda values, world, largest: {"rows": 3.0})  # another rank has three
+    monkeypatch.setattr("run.all_sum", lambda values, world, largest: {"rows": 3.0})  # another rank has three
     rows = make_rows(
         rollout, replace(CONFIG, row_tokens=4096), World(0, 2, torch.device("cpu"), None), blank_prompt(processor)
     )
@@ -188,6 +191,52 @@ def test_warnings_name_the_likely_cause():
     assert "cannot be read" in causes_for_concern([{**fine, "unparsed": 1.0}], config)[0]
     assert "--max_completion_tokens" in causes_for_concern([{**fine, "truncated": 0.8}], config)[0]
     assert "equal rewards" in causes_for_concern([{**fine, "groups_equal": 1.0}], config)[0]
+
+
+def test_a_reward_that_is_not_a_number_stops_with_its_sample(tmp_path):
+    (tmp_path / "bad.py").write_text("def nan(completion, answer):\n    return float('nan')\n")
+    config = replace(CONFIG, rewards=[f"{tmp_path}/bad.py:nan"], group_size=2)
+    with pytest.raises(ValueError, match="here: rewards .* gave .nan. for 'abc'"):
+        score_texts(["abc", ""], [prompt_of()], config, torch.device("cpu"))
+
+
+def test_a_gradient_that_is_not_finite_is_counted_and_changes_no_weight():
+    model, processor = make_model()
+    rollout = make_rollout(model, processor, ALONE)
+    rollout = replace(rollout, advantages=torch.full_like(rollout.advantages, torch.inf))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = replace(CONFIG, beta=0.0)
+    rows = make_rows(rollout, config, ALONE, blank_prompt(processor))
+    figures = learn(model, [torch.optim.SGD(model.parameters(), lr=0.1)], rollout, rows, None, config, ALONE, [])
+    assert figures["skipped_updates"] == 1
+    assert all(p.equal(before[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+def test_groups_drawn_a_few_at_a_time_are_complete_and_in_order():
+    model, processor = make_model()
+    config = replace(CONFIG, rewards=["iou"], beta=0.0, draw_batch_size=4, temperature=1e-4)
+    prompts = make_rollout(model, processor, ALONE).prompts
+    prompts = [replace(prompt, answer="[0, 0, 1, 1]") for prompt in prompts]
+    options = {"eos_ids": [2], "banned_ids": []}
+    few = roll_out(model, processor, prompts, config, generator=torch.Generator().manual_seed(0), **options)
+    config = replace(config, draw_batch_size=512)
+    many = roll_out(model, processor, prompts, config, generator=torch.Generator().manual_seed(0), **options)
+    assert few.texts == many.texts and len(few.texts) == 12  # nearly greedy, so the noise does not matter
+
+
+@pytest.mark.parametrize(
+    "schedule, factors",
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("linear", [1, 0.75, 0.5, 0.25]),
+        ("cosine", [1, 0.8536, 0.5, 0.1464]),
+        ("trapezoid", [1, 1, 1, 1]),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule_after_the_warm_up(schedule, factors):
+    found = [learning_rate_factor(step, 6, 2, schedule) for step in range(6)]
+    assert found == pytest.approx([0.5, 1.0, *factors], abs=1e-4)
+    assert learning_rate_factor(7, 8, 0, "trapezoid") == 0.5
 
 
 # ---- whole runs ----------------------------------------------------------------------------------------------------
@@ -328,9 +377,6 @@ def test_a_dry_run_prints_what_a_run_would_do_and_writes_nothing(checkpoint, sce
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(checkpoint, scenes, tmp_path, monkeypatch, capsys):
-    import os
-    import signal
-
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
         return real_step(*arguments)
@@ -340,6 +386,41 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(checkpoint, scenes
     rows = run(checkpoint, scenes, tmp_path / "out", "--steps", "5", "--eval_every", "0")
     assert len(rows) == 1 and (tmp_path / "out" / "checkpoints" / "step-000001").exists()
     assert f"--resume {tmp_path / 'out'}" in capsys.readouterr().out
+
+
+def test_a_scheduler_that_says_sigterm_twice_is_heard_once(checkpoint, scenes, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real_step(*arguments)
+
+    real_step = train.train_step
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert len(run(checkpoint, scenes, tmp_path / "out", "--steps", "5", "--eval_every", "0")) == 1
+
+
+def test_a_line_that_a_killed_process_left_half_written_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    _drop_after(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_checkpoint_keeps_the_pixel_budget_it_was_trained_under(checkpoint, scenes, tmp_path):
+    run(checkpoint, scenes, tmp_path / "out", "--steps", "1", "--eval_every", "0", "--max_pixels", "2048")
+    config = json.loads((tmp_path / "out" / "checkpoints" / "step-000001" / "processor_config.json").read_text())
+    assert config["image_processor"]["size"] == {"shortest_edge": 256, "longest_edge": 2048}
+
+
+def test_a_checkpoint_is_evaluated_under_the_prompt_of_its_run(checkpoint, scenes, tmp_path):
+    import eval as evaluation
+
+    run(checkpoint, scenes, tmp_path / "out", "--steps", "1", "--eval_every", "0")
+    argv = ["--model", str(tmp_path / "out" / "checkpoints" / "step-000001"), "--data", "d"]
+    config = parse_options(evaluation.Config, argv, {}, evaluation.run_options)
+    assert (config.template, config.max_completion_tokens, config.min_pixels) == ("plain", 6, 256)
+    config = parse_options(evaluation.Config, [*argv, "--template", "rec"], {}, evaluation.run_options)
+    assert config.template == "rec"
 
 
 def test_torchrun_with_two_processes_trains_and_logs_once(checkpoint, scenes, tmp_path):

@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import ProcessorMixin
 from transformers.hf_argparser import HfArg
@@ -31,14 +32,15 @@ from options import RunConfig, compute_dtype, parse_options
 from parallel import (
     World,
     all_sum,
+    apply_gradients,
     clip_gradients,
     gathered,
     gradient_scale,
     launch,
     process_group,
 )
-from rewards import BOX_REWARDS, first_box, load_reward
-from rollout import completion_logprobs, plan_rows, sample_completions, stack_groups
+from rewards import first_box, load_reward, reads_boxes
+from rollout import completion_logprobs, sample_completions, stack_groups
 from run import (
     CheckpointKeeper,
     PromptFeed,
@@ -50,10 +52,12 @@ from run import (
     load_reference,
     load_run_samples,
     make_optimizers,
+    micro_batches,
     open_run,
     peak_memory_gb,
     set_learning_rate,
     timed,
+    total_steps,
 )
 from vlm import Prompt, banned_token_ids, blank_prompt, eos_token_ids, trainable
 
@@ -76,6 +80,7 @@ class Config(RunConfig):
         default="grpo", help="how tokens are averaged, see grpo.py"
     )
     scale_advantages: bool = HfArg(default=True, help="divide advantages by the group's standard deviation")
+    draw_batch_size: int = HfArg(default=512, help="completions decoded together per process; bounds their cache")
     temperature: float = HfArg(default=1.0, help="of the distribution drawn from and trained")
     top_k: int = HfArg(default=0, help="draw among the k most likely tokens only; 0 for all")
     top_p: float = HfArg(default=1.0, help="draw among the most likely tokens that hold this probability only")
@@ -106,8 +111,9 @@ class Config(RunConfig):
                 f"beta {self.beta}, clip_low {self.clip_low}, clip_high {self.clip_high}: beta >= 0, "
                 "0 < clip_low < 1 and clip_high > 0 are expected"
             )
-        if self.num_iterations < 1 or self.log_completions_every < 1:
-            raise ValueError("num_iterations and log_completions_every must be at least 1")
+        for name in ("num_iterations", "log_completions_every", "draw_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
     @property
     def weights(self) -> list[float]:
@@ -141,6 +147,11 @@ def score_texts(texts: Sequence[str], prompts: Sequence[Prompt], config: Config,
         prompt = prompts[number // config.group_size]
         own = [load_reward(prompt.sample.reward)] if prompt.sample.reward else functions[:1]
         values.append([function(text, prompt.answer) for function in [*own, *functions[1:]]])
+        if not all(math.isfinite(value) for value in values[-1]):
+            raise ValueError(
+                f"{prompt.sample.source}: rewards {config.rewards} gave {values[-1]} for {text[:200]!r}; "
+                "a reward must return a finite number"
+            )
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, len(functions))
 
 
@@ -155,46 +166,41 @@ def roll_out(
     banned_ids: list[int],
 ) -> Rollout:
     """Draws a group for each prompt and scores it."""
+    completions, logprobs = [], []
+    batch = max(1, config.draw_batch_size // config.group_size)
     with gathered(policy):
-        completions, logprobs = sample_completions(
-            policy,
-            [prompt.inputs for prompt in prompts],
-            config.group_size,
-            max_new_tokens=config.max_completion_tokens,
-            eos_ids=eos_ids,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            banned_ids=banned_ids,
-            generator=generator,
-            return_logprobs=True,
-        )
+        for start in range(0, len(prompts), batch):
+            drawn = sample_completions(
+                policy,
+                [prompt.inputs for prompt in prompts[start : start + batch]],
+                config.group_size,
+                max_new_tokens=config.max_completion_tokens,
+                eos_ids=eos_ids,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                banned_ids=banned_ids,
+                generator=generator,
+                return_logprobs=True,
+            )
+            completions += drawn[0]
+            logprobs += drawn[1]
     flat = [ids for group in completions for ids in group]
     texts = processor.tokenizer.batch_decode(flat, skip_special_tokens=True)
     rewards = score_texts(texts, prompts, config, flat[0].device)
     totals = rewards @ torch.tensor(config.weights, device=rewards.device)
-    drawn = torch.nn.utils.rnn.pad_sequence([values for group in logprobs for values in group], batch_first=True)
+    padded = pad_sequence([values for group in logprobs for values in group], batch_first=True)
     advantages = group_advantages(totals, config.group_size, scale=config.scale_advantages)
-    return Rollout(prompts, completions, drawn, texts, rewards, totals, advantages)
+    return Rollout(prompts, completions, padded, texts, rewards, totals, advantages)
 
 
 def make_rows(rollout: Rollout, config: Config, world: World, blank: Prompt) -> list[Row]:
-    """The rollout cut into packed rows, as many on every rank and each with an image in it where the model is sharded.
-
-    Each block of a sharded model is gathered from all ranks when it runs. A rank that ran fewer rows, or left out the
-    vision tower for want of an image, would leave the others waiting. A blank prompt, which nothing attends to, mends
-    both for some 20 tokens.
-    """
-    lengths = [[len(ids) for ids in group] for group in rollout.completions]
-    plan = plan_rows([p.inputs["input_ids"].shape[1] for p in rollout.prompts], lengths, config.row_tokens)
-    plan += [[]] * (int(all_sum({"rows": len(plan)}, world, largest=True)["rows"]) - len(plan))
+    """The rollout cut into packed rows."""
     rows = []
-    for pieces in plan:
-        inputs = [rollout.prompts[number].inputs for number, _ in pieces]
-        completions = [[rollout.completions[number][index] for index in indices] for number, indices in pieces]
-        if world.size > 1 and not any("pixel_values" in prompt for prompt in inputs):
-            inputs, completions = [*inputs, blank.inputs], [*completions, []]
-        members = [number * config.group_size + index for number, indices in pieces for index in indices]
+    for inputs, completions, places in micro_batches(
+        rollout.prompts, rollout.completions, config.row_tokens, world, blank
+    ):
+        members = [number * config.group_size + index for number, index in places]
         sizes = torch.tensor([len(ids) for group in completions for ids in group], device=world.device)
         mask = torch.arange(int(sizes.max()) if len(sizes) else 0, device=world.device) < sizes[:, None]
         rows.append(Row(inputs, completions, torch.tensor(members, dtype=torch.long, device=world.device), mask))
@@ -254,9 +260,7 @@ def learn(
             for name, value in {"loss": loss.detach(), **figures}.items():
                 sums[name] += value / config.num_iterations  # tensors: a float here would wait for the device
         norm = clip_gradients([parameter for _, parameter in trainable(policy)], config.max_grad_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        sums["skipped_updates"] += float(not apply_gradients(optimizers, norm)) / world.size
     largest = all_sum({"draw_gap_max": float(gap_max)}, world, largest=True)
     return {**all_sum({name: float(value) for name, value in sums.items()}, world), **largest, "grad_norm": norm}
 
@@ -265,7 +269,8 @@ def rollout_figures(rollout: Rollout, config: Config, world: World, eos_ids: lis
     """What the drawn completions tell, averaged over the step."""
     flat = [ids for group in rollout.completions for ids in group]
     groups = rollout.totals.view(-1, config.group_size)
-    boxed = [prompt.sample.has_boxes for prompt in rollout.prompts for _ in range(config.group_size)]
+    one_box = [(p.sample.reward or config.rewards[0]) in ("iou", "giou") for p in rollout.prompts]
+    boxed = [box for box in one_box for _ in range(config.group_size)]
     unread = [
         first_box(text) is None if box else "<answer>" not in text
         for text, box in zip(rollout.texts, boxed, strict=True)
@@ -316,9 +321,9 @@ def train_step(
     blank: Prompt,
     config: Config,
     world: World,
+    ids: dict[str, list[int]],  # eos_ids and banned_ids
 ) -> tuple[dict[str, float], Rollout]:
     """One step of the algorithm: draw, score, learn; its figures and what was drawn."""
-    ids = {"eos_ids": eos_token_ids(policy, processor), "banned_ids": banned_token_ids(policy, processor)}
     generator = torch.Generator(world.device)
     # A function of seed, step and rank: no random state to save, and no two ranks draw the same.
     generator.manual_seed((config.seed * 1_000_003 + step) * 65_537 + world.rank)
@@ -360,9 +365,9 @@ def log_group(log: RunLog, step: int, rollout: Rollout, config: Config) -> None:
 def main(config: Config) -> None:
     dtype = compute_dtype(config.dtype)
     with process_group(bf16=dtype == torch.bfloat16, shard_within_node=config.shard_within_node) as world:
-        samples, eval_sets = load_run_samples(config, world, has_boxes=not BOX_REWARDS.isdisjoint(config.rewards))
+        samples, eval_sets = load_run_samples(config, world, has_boxes=any(map(reads_boxes, config.rewards)))
         policy, processor = load_policy(config, world)
-        steps = config.steps or math.ceil(config.epochs * len(samples) / config.prompts_per_step)
+        steps = total_steps(config, len(samples))
         if config.dry_run:
             text = describe_run(
                 policy,
@@ -374,10 +379,12 @@ def main(config: Config) -> None:
                 completions=config.group_size,
                 reference=config.beta > 0,
             )
-            print(text if world.first else "", end="\n" * world.first)
+            if world.first:
+                print(text)
             return
         reference = load_reference(config, world) if config.beta else None
         optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
+        ids = {"eos_ids": eos_token_ids(policy, processor), "banned_ids": banned_token_ids(policy, processor)}
         out = open_run(config, world)
         feed = PromptFeed(samples, processor, config, policy.config.model_type, world, out / "bad_samples.jsonl")
         keeper = CheckpointKeeper(out, policy, optimizers, config, world)
@@ -391,7 +398,9 @@ def main(config: Config) -> None:
             rate = set_learning_rate(
                 optimizers, learning_rate_factor(step, steps, config.warmup_steps, config.schedule)
             )
-            figures, rollout = train_step(step, policy, reference, processor, optimizers, feed, blank, config, world)
+            figures, rollout = train_step(
+                step, policy, reference, processor, optimizers, feed, blank, config, world, ids
+            )
             done = step + 1
             log.write("metrics.jsonl", done, {**figures, "learning_rate": rate, **feed.figures()})
             recent.append(figures)

@@ -118,7 +118,7 @@ def build_prompt(processor: ProcessorMixin, sample: Sample, *, family: str, temp
     text = processor.apply_chat_template(chat_messages(sample, template), add_generation_prompt=True, tokenize=False)
     try:
         inputs = processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=False)
-    except ValueError as error:  # smart_resize: an aspect ratio above 200
+    except ValueError as error:  # an aspect ratio above 200, or more image marks than images
         raise BadSample(f"{sample.source}: the processor refuses its images: {error}") from error
     answer, image_size, input_size = sample.answer, None, None
     if images:
