@@ -80,6 +80,7 @@ def greedy_rows(
     """
     family, tokenizer = model.config.model_type, processor.tokenizer
     eos, banned = eos_token_ids(model, processor), banned_token_ids(model, processor)
+    untagged = "<answer>" not in template_text(template)
     mine = list(enumerate(samples))[world.rank :: world.size]
     rows = []
     with gathered(model):
@@ -111,7 +112,8 @@ def greedy_rows(
                 name = prompt.sample.reward or reward
                 boxes = answer_boxes(prompt.answer) if prompt.sample.has_boxes else None
                 if name in ("iou", "giou") and boxes and len(boxes) == 1:
-                    box = first_box(text)
+                    # A base model is not asked for tags, so its box may stand anywhere; where they are asked for, not.
+                    box = first_box(text, anywhere=untagged and "<answer>" not in text)
                     row["box"] = box and to_image_box(box, prompt.image_size, prompt.input_size, family)
                     row["iou"] = iou(box, boxes[0]) if box else 0.0
                 else:

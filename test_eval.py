@@ -76,6 +76,18 @@ def test_answers_are_scored_by_the_rewards_parser_and_boxes_move_back(checkpoint
         assert r["iou"] == iou([2, 4, 30.5, 40], json.loads(sample.answer))
 
 
+@pytest.mark.parametrize("template, found", [("base", [2, 4, 30, 40]), ("rec", None)])
+def test_a_box_outside_the_tags_counts_only_under_a_prompt_that_asks_for_none(
+    checkpoint, scenes, monkeypatch, template, found
+):
+    model, processor = load_model(checkpoint, min_pixels=256)
+    sample = read_samples(scenes / "test.jsonl", scenes)[0]
+    text = '```json\n[{"bbox_2d": [2, 4, 30, 40], "label": "x"}]\n```'
+    monkeypatch.setattr(processor.tokenizer, "decode", lambda *arguments, **options: text)
+    [r] = greedy_rows(model, processor, [sample], ALONE, template=template, max_completion_tokens=2, batch_size=4)
+    assert r["box"] == found
+
+
 def test_every_rank_answers_its_share_of_the_samples(checkpoint, scenes, monkeypatch):
     model, processor = load_model(checkpoint, min_pixels=256)
     samples = read_samples(scenes / "test.jsonl", scenes)
