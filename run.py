@@ -326,6 +326,11 @@ class RunLog:
         if self.first:
             tqdm.write(text)
 
+    def metrics(self, step: int, figures: dict[str, float]) -> None:
+        """Prints a step's figures on a line and appends them to metrics.jsonl."""
+        self.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        self.write("metrics.jsonl", step, figures)
+
     def write(self, name: str, step: int, figures: dict) -> None:
         """Appends {"step": ..., **figures} to a file of the run."""
         if not self.first:

@@ -127,7 +127,7 @@ def main(config: Config) -> None:
                 figures = train_step(policy, processor, optimizers, feed.take(step), blank, config, world)
             done = step + 1
             figures |= {**seconds, "learning_rate": rate, "memory_gb": peak_memory_gb(world.device), **feed.figures()}
-            log.write("metrics.jsonl", done, figures)
+            log.metrics(done, figures)
             bar.set_postfix(loss=f"{figures['loss']:.3f}", grad_norm=f"{figures['grad_norm']:.3f}")
             score, last = None, done == steps or stop.agreed(world)
             if config.eval_every and (done % config.eval_every == 0 or done == steps):

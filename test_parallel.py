@@ -29,7 +29,7 @@ from parallel import (
     save_checkpoint,
     shard_model,
 )
-from rollout import sample_completions
+from rollout import completion_logprobs, sample_completions
 from run import make_optimizers
 from test_rollout import make_completions, make_prompts
 from train import Rollout, learn, make_rows, score_row
@@ -139,6 +139,10 @@ def two_processes(rank, port, directory):
             drawn = sample_completions(model, prompts, 1, max_new_tokens=5 + 3 * rank, eos_ids=[2], temperature=0)
         results["drawn"] = all_gather([[ids.tolist() for [ids] in drawn]], world)
         results["after_draw"] = step_gradients(model, reference, processor, world, 4096)
+        with torch.no_grad():
+            completion_logprobs(model, make_prompts(processor, (1,)), make_completions(model, 1))
+        layers = model.model.language_model.layers
+        results["freed"] = all(isinstance(parameter, DTensor) for parameter in layers.parameters())
 
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
         adamw_steps(model, processor, optimizer, world, 2)
@@ -254,6 +258,10 @@ def test_a_gathered_model_draws_what_one_process_draws_and_shards_again(single, 
         first, second = results["drawn"]
         assert first == [ids[:5] for ids in single["drawn"][:2]] and second == single["drawn"][:3]
         assert relative_difference(results["after_draw"][0], single[4096][0]) < 1e-6
+
+
+def test_after_drawing_a_forward_frees_each_block_again(double):
+    assert all(results["freed"] for results in double)
 
 
 @pytest.mark.parametrize("variant", ["dapo", "dr_grpo", "gspo"])

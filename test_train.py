@@ -15,10 +15,13 @@ from PIL import Image
 import toy
 import train
 from data import Sample
+from grpo import grpo_loss
 from options import parse_options
 from parallel import World
+from rollout import stack_groups
 from run import _drop_after, learning_rate_factor
 from test_parallel import ALONE, CONFIG, Recorder, make_model, make_rollout
+from test_rollout import repeated_logprobs
 from train import Config, blank_prompt, causes_for_concern, learn, main, make_rows, roll_out, score_texts
 from vlm import Prompt
 
@@ -140,6 +143,28 @@ def test_a_reward_of_ones_own_is_loaded_from_a_file(tmp_path):
     (tmp_path / "mine.py").write_text("def length(completion, answer):\n    return float(len(completion))\n")
     config = replace(CONFIG, rewards=[f"{tmp_path}/mine.py:length"], group_size=2)
     assert score_texts(["abc", ""], [prompt_of()], config, torch.device("cpu")).tolist() == [[3.0], [0.0]]
+
+
+@pytest.mark.parametrize("row_tokens", [60, 4096])
+def test_a_step_has_the_gradient_of_the_loss_over_all_its_completions_at_once(row_tokens):
+    model, processor = make_model()
+    config = replace(CONFIG, beta=0.0, row_tokens=row_tokens)
+    rollout = make_rollout(model, processor, ALONE)
+    recorder = Recorder(model)
+    learn(
+        model, [recorder], rollout, make_rows(rollout, config, ALONE, blank_prompt(processor)), None, config, ALONE, []
+    )
+
+    inputs = [prompt.inputs for prompt in rollout.prompts]
+    logprobs = stack_groups(repeated_logprobs(model, inputs, rollout.completions))  # the naive way
+    lengths = torch.tensor([len(ids) for group in rollout.completions for ids in group])
+    mask = torch.arange(logprobs.shape[1]) < lengths[:, None]
+    loss, _ = grpo_loss(logprobs, logprobs.detach(), None, rollout.advantages, mask, beta=0.0)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    expected = torch.autograd.grad(loss, parameters)
+    largest = max(gradient.abs().max() for gradient in expected)
+    for name, gradient in zip(names, expected, strict=True):
+        assert (recorder.gradients[name] - gradient).abs().max() < 1e-5 * largest, name
 
 
 def test_later_passes_measure_their_ratio_from_the_weights_that_drew(monkeypatch):

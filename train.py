@@ -402,7 +402,7 @@ def main(config: Config) -> None:
                 step, policy, reference, processor, optimizers, feed, blank, config, world, ids
             )
             done = step + 1
-            log.write("metrics.jsonl", done, {**figures, "learning_rate": rate, **feed.figures()})
+            log.metrics(done, {**figures, "learning_rate": rate, **feed.figures()})
             recent.append(figures)
             bar.set_postfix(
                 {name: f"{figures[name]:.3f}" for name in ("reward", "reward_std", "unparsed", "grad_norm")}
