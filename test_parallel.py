@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors import safe_open
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
@@ -133,6 +134,9 @@ def two_processes(rank, port, directory):
         results["sharded"] = all(isinstance(p, DTensor) for p in model.parameters())
         for row_tokens in (60, 150, 4096):
             results[row_tokens] = step_gradients(model, reference, processor, world, row_tokens)
+        nodes = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))  # two nodes of one process
+        replica = shard_model(make_model()[0], replace(world, mesh=nodes), compute_dtype=torch.float32)
+        results["replicated"] = step_gradients(replica, reference, processor, replace(world, mesh=nodes), 4096)
         with gathered(model):
             # Ranks decode different numbers of prompts and steps: no collective may run in here.
             prompts = make_prompts(processor, (1, 0, 2, 0))[: 2 + rank]
@@ -246,6 +250,11 @@ def test_two_processes_give_the_gradients_of_one_with_images_on_one_rank_only(si
     for results in double:
         assert relative_difference(results[row_tokens][0], single[4096][0]) < 1e-6
         assert results[row_tokens][2] == double[0][row_tokens][2]
+
+
+def test_replicas_across_nodes_have_the_gradients_of_one_process(single, double):
+    for results in double:
+        assert relative_difference(results["replicated"][0], single[4096][0]) < 1e-6
 
 
 def test_two_processes_log_the_figures_of_one(single, double):
