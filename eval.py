@@ -89,14 +89,19 @@ def greedy_rows(
             prompts = {}
             for number, sample in mine[start : start + batch_size]:
                 try:
-                    prompts[number] = build_prompt(processor, sample, family=family, template=template)
+                    prompts[number] = build_prompt(processor, sample, template=template)
                 except BadSample as error:
                     rows.append({"index": number, "id": sample.id, "bad_sample": str(error)})
             if not prompts:
                 continue
-            inputs = [prompt.inputs for prompt in prompts.values()]
             answers = sample_completions(
-                model, inputs, 1, max_new_tokens=max_completion_tokens, eos_ids=eos, temperature=0, banned_ids=banned
+                model,
+                list(prompts.values()),
+                1,
+                max_new_tokens=max_completion_tokens,
+                eos_ids=eos,
+                temperature=0,
+                banned_ids=banned,
             )
             for (number, prompt), [ids] in zip(prompts.items(), answers, strict=True):
                 text = tokenizer.decode(ids, skip_special_tokens=True)

@@ -32,7 +32,7 @@ def group_advantages(
         raise ValueError(f"group_size {group_size}: an advantage compares completions, so a group needs at least 2")
     if rewards.ndim != 1 or rewards.numel() % group_size:
         raise ValueError(f"rewards of shape {list(rewards.shape)} do not divide into groups of {group_size}")
-    groups = rewards.view(-1, group_size)
+    groups = rewards.view(-1, group_size).to(torch.promote_types(rewards.dtype, torch.float32))
     advantages = groups - groups.mean(1, keepdim=True)
     if scale:
         advantages = advantages / (groups.std(1, keepdim=True) + eps)

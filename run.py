@@ -154,11 +154,10 @@ class PromptFeed:
         samples: Sequence[Sample],
         processor: ProcessorMixin,
         config: RunConfig,
-        family: str,
         world: World,
         log: Path,
     ):
-        self.samples, self.processor, self.config, self.family, self.world = samples, processor, config, family, world
+        self.samples, self.processor, self.config, self.world = samples, processor, config, world
         self.log = log
         self.broken: dict[int, str] = {}  # sample -> reason
         self.used = 0
@@ -178,9 +177,7 @@ class PromptFeed:
             self.used += 1
             if index not in self.broken:
                 try:
-                    return build_prompt(
-                        self.processor, self.samples[index], family=self.family, template=self.config.template
-                    )
+                    return build_prompt(self.processor, self.samples[index], template=self.config.template)
                 except BadSample as error:
                     self._set_aside(index, error)
             index = (index + 1) % len(self.samples)
@@ -221,23 +218,23 @@ def micro_batches(
     row_tokens: int,
     world: World,
     blank: Prompt,
-) -> list[tuple[list[dict], list[list[Tensor]], list[tuple[int, int]]]]:
-    """Packed rows as (inputs, completions, (prompt, completion) of each), as many on every rank, each with an image.
+) -> list[tuple[list[Prompt], list[list[Tensor]], list[tuple[int, int]]]]:
+    """Packed rows as (prompts, completions, (prompt, completion) of each), as many on every rank, each with an image.
 
     Each block of a sharded model is gathered from all ranks when it runs. A rank that ran fewer rows, or left out the
     vision tower for want of an image, would leave the others waiting. A blank prompt, which nothing attends to, mends
     both for some 20 tokens.
     """
     lengths = [[len(ids) for ids in group] for group in completions]
-    plan = plan_rows([prompt.inputs["input_ids"].shape[1] for prompt in prompts], lengths, row_tokens)
+    plan = plan_rows([prompt["input_ids"].shape[1] for prompt in prompts], lengths, row_tokens)
     plan += [[]] * (int(all_sum({"rows": len(plan)}, world, largest=True)["rows"]) - len(plan))
     rows = []
     for pieces in plan:
-        inputs = [prompts[number].inputs for number, _ in pieces]
+        chosen_prompts = [prompts[number] for number, _ in pieces]
         chosen = [[completions[number][index] for index in indices] for number, indices in pieces]
-        if world.size > 1 and not any("pixel_values" in prompt for prompt in inputs):
-            inputs, chosen = [*inputs, blank.inputs], [*chosen, []]
-        rows.append((inputs, chosen, [(number, index) for number, indices in pieces for index in indices]))
+        if world.size > 1 and not any("pixel_values" in prompt for prompt in chosen_prompts):
+            chosen_prompts, chosen = [*chosen_prompts, blank], [*chosen, []]
+        rows.append((chosen_prompts, chosen, [(number, index) for number, indices in pieces for index in indices]))
     return rows
 
 
@@ -426,9 +423,9 @@ def describe_run(
     reference: bool,
 ) -> str:
     """What `--dry_run` prints: sizes, lengths of 64 prompts spread over the data, an estimate of memory."""
-    family, chosen = model.config.model_type, samples[:: max(1, len(samples) // 64)]
-    prompts = [build_prompt(processor, sample, family=family, template=config.template) for sample in chosen]
-    lengths = sorted(prompt.inputs["input_ids"].shape[1] for prompt in prompts)
+    chosen = samples[:: max(1, len(samples) // 64)]
+    prompts = [build_prompt(processor, sample, template=config.template) for sample in chosen]
+    lengths = sorted(prompt["input_ids"].shape[1] for prompt in prompts)
     memory = memory_estimate(model, world, config, reference=reference)
     per_step = config.prompts_per_step
     trained, total = sum(p.numel() for _, p in trainable(model)), sum(p.numel() for p in model.parameters())

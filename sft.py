@@ -83,8 +83,10 @@ def train_step(
     banned = banned_token_ids(policy, processor)
     total = 0.0
     policy.train()
-    for inputs, completions, _ in micro_batches(prompts, [[ids] for ids in answers], config.row_tokens, world, blank):
-        logprobs = completion_logprobs(policy, inputs, completions, banned_ids=banned)
+    for row_prompts, completions, _ in micro_batches(
+        prompts, [[ids] for ids in answers], config.row_tokens, world, blank
+    ):
+        logprobs = completion_logprobs(policy, row_prompts, completions, banned_ids=banned)
         loss = -sum(values.sum() for values in logprobs) / num_tokens
         (loss * gradient_scale(world)).backward()
         total += float(loss.detach())
@@ -111,7 +113,7 @@ def main(config: Config) -> None:
             return
         optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
         out = open_run(config, world)
-        feed = PromptFeed(samples, processor, config, policy.config.model_type, world, out / "bad_samples.jsonl")
+        feed = PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl")
         keeper = CheckpointKeeper(out, policy, optimizers, config, world)
         start = keeper.resume() if config.resume else 0
         log, stop = RunLog(out, config, world, start), StopSignal()

@@ -54,7 +54,7 @@ def test_the_loss_is_that_of_plain_hugging_face_on_the_answers_alone(checkpoint,
     config = parse_options(Config, argv, {})
     model, processor = load_model(checkpoint, min_pixels=256)
     samples = read_samples(scenes / "train.jsonl", scenes)[:3]
-    prompts = [build_prompt(processor, sample, family="qwen2_5_vl", template="plain") for sample in samples]
+    prompts = [build_prompt(processor, sample, template="plain") for sample in samples]
     recorder = Recorder(model)
     figures = train_step(model, processor, [recorder], prompts, blank_prompt(processor), config, ALONE)
 

@@ -155,8 +155,7 @@ def test_a_step_has_the_gradient_of_the_loss_over_all_its_completions_at_once(ro
         model, [recorder], rollout, make_rows(rollout, config, ALONE, blank_prompt(processor)), None, config, ALONE, []
     )
 
-    inputs = [prompt.inputs for prompt in rollout.prompts]
-    logprobs = stack_groups(repeated_logprobs(model, inputs, rollout.completions))  # the naive way
+    logprobs = stack_groups(repeated_logprobs(model, rollout.prompts, rollout.completions))  # the naive way
     lengths = torch.tensor([len(ids) for group in rollout.completions for ids in group])
     mask = torch.arange(logprobs.shape[1]) < lengths[:, None]
     loss, _ = grpo_loss(logprobs, logprobs.detach(), None, rollout.advantages, mask, beta=0.0)
@@ -206,7 +205,7 @@ def test_a_rank_with_less_to_do_adds_rows_of_a_blank_prompt(monkeypatch):
         rollout, replace(CONFIG, row_tokens=4096), World(0, 2, torch.device("cpu"), None), blank_prompt(processor)
     )
     assert len(rows) == 3 and [len(row.members) for row in rows] == [12, 0, 0]
-    assert all(any("pixel_values" in prompt for prompt in row.inputs) for row in rows)
+    assert all(any("pixel_values" in prompt for prompt in row.prompts) for row in rows)
 
 
 def test_warnings_name_the_likely_cause():

@@ -1,6 +1,7 @@
 """vlm.py: processors without torchvision, box spaces, banned tokens; the toy stands for a checkpoint on disk."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from PIL import Image
 
 import toy
 from data import BadSample, Sample
+from rollout import sample_completions
 from vlm import (
     FAMILIES,
     MAX_PIXELS,
@@ -16,6 +18,7 @@ from vlm import (
     build_prompt,
     eos_token_ids,
     family_of,
+    family_of_processor,
     load_model,
     load_processor,
     to_image_box,
@@ -52,14 +55,14 @@ def test_a_saved_directory_loads_with_equal_weights_and_the_pixel_budget(checkpo
 
 def test_the_budget_shrinks_images_and_the_default_is_not_the_hubs(checkpoint, photo):
     small = load_processor(str(checkpoint), max_pixels=1024, min_pixels=256)
-    inputs = build_prompt(small, sample([photo]), family="qwen2_5_vl", template="plain")
+    inputs = build_prompt(small, sample([photo]), template="plain")
     assert inputs.input_size[0] * inputs.input_size[1] <= 1024
     assert load_processor(str(checkpoint)).image_processor.size["longest_edge"] == MAX_PIXELS == 1280 * 28 * 28
 
 
 def test_true_boxes_move_into_pixels_of_the_resized_image_or_into_a_thousand(checkpoint, photo):
     processor = load_processor(str(checkpoint), max_pixels=1024, min_pixels=256)
-    pixels = build_prompt(processor, sample([photo]), family="qwen2_5_vl", template="plain")
+    pixels = build_prompt(processor, sample([photo]), template="plain")
     width, height = pixels.input_size
     assert pixels.image_size == (100, 50) and (width, height) == (32, 16)
     assert json.loads(pixels.answer) == pytest.approx([3.2, 3.2, 16, 12.8])
@@ -81,8 +84,21 @@ def test_text_answers_are_left_alone(checkpoint, photo):
     processor = load_processor(str(checkpoint))
     prompt = build_prompt(processor, sample([photo], "[1, 2, 3, 4]", has_boxes=False), family="qwen3_vl")
     assert prompt.answer == "[1, 2, 3, 4]"
-    text = build_prompt(processor, sample([], "4", has_boxes=False), family="qwen2_5_vl", template="plain")
+    text = build_prompt(processor, sample([], "4", has_boxes=False), template="plain")
     assert "pixel_values" not in text.inputs and text.image_size is None
+
+
+def test_a_prompt_is_what_the_processor_returned_and_can_be_drawn_from(checkpoint, photo):
+    model, processor = load_model(str(checkpoint), min_pixels=256)
+    prompt = build_prompt(processor, sample([photo]), template="plain")
+    assert set(prompt) == {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"}
+    [[ids]] = sample_completions(model, [prompt], 1, max_new_tokens=2, eos_ids=[2])
+    assert 1 <= len(ids) <= 2
+
+
+def test_a_processor_of_no_known_family_is_refused():
+    with pytest.raises(ValueError, match="SimpleNamespace belongs to none of qwen2_vl"):
+        family_of_processor(SimpleNamespace())
 
 
 def test_the_template_and_the_images_reach_the_prompt(checkpoint, photo):
@@ -105,11 +121,11 @@ def test_samples_that_cannot_be_used_are_bad_samples(checkpoint, tmp_path, photo
     processor = load_processor(str(checkpoint), min_pixels=256)
     Image.new("RGB", (900, 4)).save(tmp_path / "thin.png")
     with pytest.raises(BadSample, match="aspect ratio"):
-        build_prompt(processor, sample([str(tmp_path / "thin.png")], "[1, 1, 9, 3]"), family="qwen2_5_vl")
+        build_prompt(processor, sample([str(tmp_path / "thin.png")], "[1, 1, 9, 3]"))
     with pytest.raises(BadSample, match="leaves its image"):
-        build_prompt(processor, sample([photo], "[1, 1, 900, 30]"), family="qwen2_5_vl")
+        build_prompt(processor, sample([photo], "[1, 1, 900, 30]"))
     with pytest.raises(BadSample, match="without an image"):
-        build_prompt(processor, sample([]), family="qwen2_5_vl")
+        build_prompt(processor, sample([]))
 
 
 def test_vision_tokens_and_rows_without_a_token_are_banned_and_words_are_not(checkpoint):

@@ -133,7 +133,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Row:
-    inputs: list[dict]  # the prompts in this packed row
+    prompts: list[Prompt]  # in this packed row
     completions: list[list[Tensor]]  # and their completions in it
     members: Tensor  # [n] which of the N they are
     mask: Tensor  # [n, C] bool, C of this row
@@ -172,7 +172,7 @@ def roll_out(
         for start in range(0, len(prompts), batch):
             drawn = sample_completions(
                 policy,
-                [prompt.inputs for prompt in prompts[start : start + batch]],
+                prompts[start : start + batch],
                 config.group_size,
                 max_new_tokens=config.max_completion_tokens,
                 eos_ids=eos_ids,
@@ -197,13 +197,13 @@ def roll_out(
 def make_rows(rollout: Rollout, config: Config, world: World, blank: Prompt) -> list[Row]:
     """The rollout cut into packed rows."""
     rows = []
-    for inputs, completions, places in micro_batches(
+    for prompts, completions, places in micro_batches(
         rollout.prompts, rollout.completions, config.row_tokens, world, blank
     ):
         members = [number * config.group_size + index for number, index in places]
         sizes = torch.tensor([len(ids) for group in completions for ids in group], device=world.device)
         mask = torch.arange(int(sizes.max()) if len(sizes) else 0, device=world.device) < sizes[:, None]
-        rows.append(Row(inputs, completions, torch.tensor(members, dtype=torch.long, device=world.device), mask))
+        rows.append(Row(prompts, completions, torch.tensor(members, dtype=torch.long, device=world.device), mask))
     return rows
 
 
@@ -211,7 +211,7 @@ def score_row(model: nn.Module, row: Row, config: Config, banned_ids: list[int])
     """Log-probs and entropies [n, C] of a row's completions under the distribution that was drawn from."""
     logprobs, entropies = completion_logprobs(
         model,
-        row.inputs,
+        row.prompts,
         row.completions,
         temperature=config.temperature,
         banned_ids=banned_ids,
@@ -386,7 +386,7 @@ def main(config: Config) -> None:
         optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
         ids = {"eos_ids": eos_token_ids(policy, processor), "banned_ids": banned_token_ids(policy, processor)}
         out = open_run(config, world)
-        feed = PromptFeed(samples, processor, config, policy.config.model_type, world, out / "bad_samples.jsonl")
+        feed = PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl")
         keeper = CheckpointKeeper(out, policy, optimizers, config, world)
         start = keeper.resume() if config.resume else 0
         log, stop, recent = RunLog(out, config, world, start), StopSignal(), deque(maxlen=WARN_EVERY)

@@ -5,13 +5,14 @@ dimension. No class per family, no test of a path: the model type comes from the
 Left out: LoRA, video, models whose text attention is not plainly causal (Gemma 3, PaliGemma).
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
 from data import BadSample, Sample, chat_messages, check_boxes, load_image, move_answer_boxes
@@ -38,13 +39,24 @@ FAMILIES = {
 }
 
 
-@dataclass(frozen=True)
-class Prompt:
-    inputs: dict[str, Tensor]  # what the processor returns for this one prompt: input_ids [1, P], pixel_values, ...
+@dataclass(frozen=True, eq=False)
+class Prompt(Mapping[str, Tensor]):
+    """What the processor returns for one sample, as a mapping that rollout.py reads, with the truth beside it."""
+
+    inputs: dict[str, Tensor]  # input_ids [1, P], pixel_values, image_grid_thw, ...
     answer: str  # the truth, its boxes in the space the model answers in
     sample: Sample
     image_size: tuple[int, int] | None  # (width, height) of the first image as it is
     input_size: tuple[int, int] | None  # and as the model sees it
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.inputs[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inputs)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
 
 
 def family_of(model_type: str) -> Family:
@@ -112,8 +124,23 @@ def load_processor(name_or_path: str, *, max_pixels: int = MAX_PIXELS, min_pixel
     return processor
 
 
-def build_prompt(processor: ProcessorMixin, sample: Sample, *, family: str, template: str = "rec") -> Prompt:
-    """The sample as the model reads it, true boxes moved into the space that `family` (a model type) answers in."""
+def family_of_processor(processor: ProcessorMixin) -> str:
+    """The model type that a processor belongs to."""
+    name = type(processor).__name__
+    types = [model_type for model_type in FAMILIES if PROCESSOR_MAPPING_NAMES.get(model_type) == name]
+    if not types:
+        raise ValueError(f"processor {name} belongs to none of {', '.join(FAMILIES)}; name the family")
+    return types[0]
+
+
+def build_prompt(
+    processor: ProcessorMixin, sample: Sample, *, template: str = "rec", family: str | None = None
+) -> Prompt:
+    """The sample as the model reads it, true boxes moved into the space that `family` (a model type) answers in.
+
+    Without `family` it is the one the processor belongs to.
+    """
+    family = family or family_of_processor(processor)
     images = [load_image(path) for path in sample.images]
     text = processor.apply_chat_template(chat_messages(sample, template), add_generation_prompt=True, tokenize=False)
     try:
