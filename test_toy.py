@@ -10,6 +10,7 @@ from PIL import Image
 
 import toy
 from data import check_samples, read_samples
+from rewards import REWARDS
 from toy import COLOURS, SHAPES, SIDE, Shape, attribute_question, draw_scene, loosened, paint_scene, relation_question
 
 HERE = Path(__file__).parent
@@ -101,6 +102,19 @@ def test_the_same_seed_writes_the_same_files_in_the_format_that_data_reads(tmp_p
     samples = read_samples(tmp_path / "a" / "train.jsonl", tmp_path / "a")
     check_samples(samples)
     assert samples[0].has_boxes and Image.open(samples[0].images[0]).size == (SIDE, SIDE)
+
+
+def test_a_detection_question_is_answered_by_all_objects_of_its_classes_or_none(tmp_path):
+    samples = read_samples(toy.write_detection_split(tmp_path, "detect", 60, seed=5), tmp_path)
+    check_samples(samples)
+    answers = [sample.answer for sample in samples]
+    assert 3 < answers.count("None") < 30
+    for sample in samples:
+        asked = sample.question.removeprefix("<image>all of: ").split(", ")
+        items = [] if sample.answer == "None" else json.loads(sample.answer.split("```")[1].removeprefix("json"))
+        assert {item["label"] for item in items} < set(asked)  # at least one class asked for is absent
+        assert sample.reward == "od_length"
+        assert REWARDS["od_length"](f"<answer>{sample.answer}</answer>", sample.answer) == 1.0
 
 
 @pytest.mark.parametrize(

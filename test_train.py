@@ -385,6 +385,25 @@ def test_a_text_task_without_images_trains_and_reports_its_reward(checkpoint, tm
     assert "eval/test/reward" in evaluation and "eval/test/mean_iou" not in evaluation
 
 
+def test_detection_rewards_train_end_to_end(checkpoint, tmp_path, monkeypatch):
+    toy.write_detection_split(tmp_path, "train", 8, seed=1)
+    toy.write_detection_split(tmp_path, "test", 3, seed=2)
+    real_decode = train.roll_out
+
+    def spoken(policy, processor, prompts, *arguments, **options):
+        # An untrained model says nothing readable: let it say the truth every third time, and "None" otherwise.
+        texts = iter(f"<answer>{p.answer if i == 0 else 'None'}</answer>" for p in prompts for i in range(3))
+        monkeypatch.setattr(processor.tokenizer, "batch_decode", lambda ids, **options: [next(texts) for _ in ids])
+        return real_decode(policy, processor, prompts, *arguments, **options)
+
+    monkeypatch.setattr(train, "roll_out", spoken)
+    rows = run(checkpoint, tmp_path, tmp_path / "out", "--steps", "3", "--rewards", "iou", "format", "--beta", "0")
+    assert all(row["reward/iou"] >= 1 / 3 for row in rows)  # each sample's own od_length stands in for iou
+    assert max(row["reward_std"] for row in rows) > 0 and max(row["grad_norm"] for row in rows) > 0
+    evaluation = json.loads((tmp_path / "out" / "eval.jsonl").read_text().splitlines()[0])
+    assert "eval/test/reward" in evaluation
+
+
 def test_without_evaluation_data_a_twentieth_is_held_out(checkpoint, scenes, tmp_path):
     argv = options(checkpoint, scenes, tmp_path / "out", "--steps", "1")
     place = argv.index("--eval_data")

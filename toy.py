@@ -193,6 +193,41 @@ def write_split(
     return path
 
 
+def write_detection_split(directory: Path, name: str, num_scenes: int, seed: int, *, absent: int = 1) -> Path:
+    """Images and a JSONL that asks for every object of one or two classes in the scene and of `absent` that are not.
+
+    One question in five asks for absent classes alone, so that its answer is None.
+    """
+    rng = np.random.default_rng(seed)
+    (directory / name).mkdir(parents=True, exist_ok=True)
+    classes = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    lines = []
+    for number in range(num_scenes):
+        shapes = draw_scene(rng)
+        present = sorted({f"{s.colour} {s.shape}" for s in shapes})
+        chosen = [str(c) for c in rng.permutation(present)[: 0 if rng.random() < 0.2 else rng.integers(1, 3)]]
+        missing = [str(c) for c in rng.permutation([c for c in classes if c not in present])[:absent]]
+        asked = [str(c) for c in rng.permutation(chosen + missing)]
+        found = [{"bbox_2d": list(s.box), "label": f"{s.colour} {s.shape}"} for s in shapes]
+        found = [item for item in found if item["label"] in asked]
+        image = f"{name}/{number:05d}.png"
+        paint_scene(rng, shapes).save(directory / image, compress_level=1)
+        turns = [
+            {"from": "human", "value": "<image>all of: " + ", ".join(asked)},
+            {"from": "gpt", "value": f"```json\n{json.dumps(found)}\n```" if found else "None"},
+        ]
+        record = {
+            "id": f"{name}-{number:05d}",
+            "image": image,
+            "conversations": turns,
+            "accu_reward_method": "odLength",
+        }
+        lines.append(json.dumps(record))
+    path = directory / f"{name}.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
 def write_data(directory: Path = DATA) -> None:
     """The splits of the default run, a few seconds; what is there already is left alone."""
     if directory.exists():
