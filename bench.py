@@ -7,6 +7,7 @@ Left out: other trainers, real checkpoints.
 """
 
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -144,8 +145,11 @@ def run_cell(config: Config, cell: str) -> dict[str, float]:
     """The same in a fresh process."""
     options = [f"--{name}={value}" for name, value in {**asdict(config), "cell": cell}.items()]
     done = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True)
-    if done.returncode:
+    if done.returncode and cell.endswith("/ours"):
         raise SystemExit(f"{cell} failed:\n{done.stderr[-2000:]}")
+    if done.returncode:  # transformers 5.17 cannot expand the images of num_return_sequences
+        tqdm.write(f"{cell} failed in transformers: {done.stderr.strip().splitlines()[-1]}")
+        return {"seconds": math.nan, "megabytes": math.nan}
     return json.loads(done.stdout.splitlines()[-1])
 
 
