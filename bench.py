@@ -21,12 +21,14 @@ from transformers import HfArgumentParser, Qwen2_5_VLConfig, Qwen2_5_VLForCondit
 from transformers.hf_argparser import HfArg
 
 from grpo import linear_logprobs
+from rewards import REWARDS
 from rollout import completion_logprobs, sample_completions
 
 ROWS = {
     "draw": ("ours", "generate on repeated prompts", "generate with num_return_sequences"),
     "learn": ("ours", "repeated rows"),
     "head": ("ours", "log_softmax of all logits"),
+    "rewards": ("ours",),
 }
 SIZES = {  # hidden, layers, heads, vocabulary, vision hidden, vision blocks
     "tiny": (64, 2, 4, 1024, 64, 2),
@@ -124,13 +126,26 @@ def head(way: str, model: torch.nn.Module, prompt: dict, config: Config) -> None
     logprobs.sum().backward()
 
 
+def rewards(way: str, model: torch.nn.Module, prompt: dict, config: Config) -> None:
+    """A step of 128 completions with 20 boxes of 4 classes each, scored by od_length."""
+    boxes = [[10 * n, 5 * n, 10 * n + 40, 5 * n + 30] for n in range(20)]
+    true = [{"bbox_2d": box, "label": f"class {n % 4}"} for n, box in enumerate(boxes)]
+    said = [
+        {"bbox_2d": [x1 + n % 7, y1, x2, y2 - n % 5], "label": f"class {n % 4}"}
+        for n, (x1, y1, x2, y2) in enumerate(boxes)
+    ]
+    completion, answer = (f"<answer>```json\n{json.dumps(items)}\n```</answer>" for items in (said, true))
+    for _ in range(128):
+        REWARDS["od_length"](completion, answer)
+
+
 def measure(config: Config) -> dict[str, float]:
     """Seconds of one run after a warm-up, and the growth of this process's peak over both, in MB."""
     torch.set_num_threads(config.threads)
     row, way = config.cell.split("/")
     model = build_model(config.size)
     prompt = build_prompt(config.side, model.config.text_config.vocab_size)
-    function = {"draw": draw, "learn": learn, "head": head}[row]
+    function = {"draw": draw, "learn": learn, "head": head, "rewards": rewards}[row]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if row != "head":  # its 300 GFLOP need no warm-up
         function(way, model, prompt, config)
@@ -170,8 +185,8 @@ def main(config: Config) -> None:
             seconds, peaks = ([run[key] for run in results[f"{row}/{way}"]] for key in ("seconds", "megabytes"))
             medians[way] = statistics.median(seconds), statistics.median(peaks)
             time_ratio, peak_ratio = (a / b for a, b in zip(medians[way], medians["ours"], strict=True))
-            spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
-            print(f"| {row} | {way} | {medians[way][0]:.2f} ({spread}) | {time_ratio:.1f} ", end="")
+            spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
+            print(f"| {row} | {way} | {medians[way][0]:.3f} ({spread}) | {time_ratio:.1f} ", end="")
             print(f"| {medians[way][1]:,.0f} | {peak_ratio:.1f} |")
 
 

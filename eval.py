@@ -21,9 +21,10 @@ from transformers.hf_argparser import HfArg
 
 import toy
 from data import BadSample, Sample, answer_boxes, template_text
+from detection import OVDEVAL_GROUPS, coco_map, greedy_precision_recall, nms_ap, ovdeval_overall
 from options import RunConfig, compute_dtype, parse_options
 from parallel import World, all_gather, gathered, launch, process_group, shard_model
-from rewards import first_box, iou, load_reward, reads_boxes
+from rewards import first_box, iou, load_reward, parse_boxes, reads_boxes
 from rollout import sample_completions
 from run import RunLog, load_samples, seeded_sample
 from vlm import MAX_PIXELS, banned_token_ids, build_prompt, eos_token_ids, load_model, to_image_box
@@ -34,7 +35,9 @@ class Config:
     model: str = HfArg(default=str(toy.MODEL), help="hub name or directory of the model; the toy's start by default")
     data: list[str] = HfArg(default_factory=list, help="data files, VLM-R1's evaluation JSON or training JSONL")
     image_root: list[str] = HfArg(default_factory=list, help="image directory of each data file, or one for all")
-    task: Literal["rec", "text"] = HfArg(default="rec", help="rec: one box per answer; text: the mean of --reward")
+    task: Literal["rec", "detection", "text"] = HfArg(
+        default="rec", help="rec: one box per answer; detection: lists of boxes; text: the mean of --reward"
+    )
     reward: str = HfArg(default="default", help="reward of task text, where the data names none")
     template: str = HfArg(default="rec", help="prompt template, a name of data.TEMPLATES or a text with {question}")
     limit: int = HfArg(default=0, help="evaluate this many samples, drawn with --seed; 0 for all")
@@ -45,6 +48,10 @@ class Config:
     batch_size: int = HfArg(default=32, help="answers decoded together per process")
     dtype: Literal["auto", "bf16", "fp32"] = HfArg(default="auto", help="compute in; auto is bf16 on a GPU")
     output: str = HfArg(default="", help="write summary and rows to this JSON file")
+    predictions: str = HfArg(default="", help="score the answers of such a file again, without a model")
+    compare: list[str] = HfArg(
+        default_factory=list, help="two such files: print the paired differences and their intervals"
+    )
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_completion_tokens", "min_pixels"):
@@ -53,7 +60,9 @@ class Config:
         if self.limit < 0:
             raise ValueError(f"limit is {self.limit}: it must not be negative")
         load_reward(self.reward)
-        if not self.data:
+        if len(self.compare) not in (0, 2):
+            raise ValueError(f"compare names {len(self.compare)} files: two are compared")
+        if not self.data and not self.predictions and not self.compare:
             raise ValueError("data is empty: name at least one file to evaluate on")
         if len(self.image_root) not in (0, 1, len(self.data)):
             raise ValueError(
@@ -73,14 +82,9 @@ def greedy_rows(
     batch_size: int,
     reward: str = "iou",
 ) -> list[dict]:
-    """A row per sample with its greedy answer, in the order of the samples; every rank answers its share.
-
-    A row holds what a reader wants to see: the truth and the box answered in pixels of the original image, the overlap
-    (in the model's space, where the two axes are scaled but the overlap is the same) or the reward, the text.
-    """
-    family, tokenizer = model.config.model_type, processor.tokenizer
+    """A row per sample with its greedy answer and what it is worth, in their order; every rank answers its share."""
+    tokenizer = processor.tokenizer
     eos, banned = eos_token_ids(model, processor), banned_token_ids(model, processor)
-    untagged = "<answer>" not in template_text(template)
     mine = list(enumerate(samples))[world.rank :: world.size]
     rows = []
     with gathered(model):
@@ -104,31 +108,51 @@ def greedy_rows(
                 banned_ids=banned,
             )
             for (number, prompt), [ids] in zip(prompts.items(), answers, strict=True):
-                text = tokenizer.decode(ids, skip_special_tokens=True)
                 row = {
                     "index": number,
                     "id": prompt.sample.id,
                     "question": prompt.sample.question,
                     "images": prompt.sample.images,
                     "answer": prompt.sample.answer,
-                    "completion": text,
+                    "completion": tokenizer.decode(ids, skip_special_tokens=True),
                     "truncated": int(ids[-1]) not in eos,
+                    "truth": prompt.answer,
+                    "has_boxes": prompt.sample.has_boxes,
+                    "method": prompt.sample.reward,
+                    "template": template,
+                    "family": model.config.model_type,
+                    "image_size": prompt.image_size,
+                    "input_size": prompt.input_size,
                 }
-                name = prompt.sample.reward or reward
-                boxes = answer_boxes(prompt.answer) if prompt.sample.has_boxes else None
-                if name in ("iou", "giou") and boxes and len(boxes) == 1:
-                    # A base model is not asked for tags, so its box may stand anywhere; where they are asked for, not.
-                    box = first_box(text, anywhere=untagged and "<answer>" not in text)
-                    row["box"] = box and to_image_box(box, prompt.image_size, prompt.input_size, family)
-                    row["iou"] = iou(box, boxes[0]) if box else 0.0
-                else:
-                    row["reward"] = load_reward(name)(text, prompt.answer)
-                rows.append(row)
+                rows.append(row | score(row, reward))
     return sorted(all_gather(rows, world), key=lambda row: row["index"])
 
 
+def score(row: dict, reward: str) -> dict:
+    """What an answer is worth, with its boxes in pixels of the original image: a function of the row alone.
+
+    The overlap is taken in the model's space, where the two axes are scaled but the overlap is the same.
+    """
+    text, name = row["completion"], row["method"] or reward
+
+    def in_image(box: list[float] | None) -> list[float] | None:
+        return box and to_image_box(box, row["image_size"], row["input_size"], row["family"])
+
+    if reward == "detection":
+        both = {"predicted": parse_boxes(text), "true": parse_boxes(row["truth"])}
+        moved = {key: [(in_image(box), label) for box, label in items or []] for key, items in both.items()}
+        return moved | {"unread": both["predicted"] is None}
+    boxes = answer_boxes(row["truth"]) if row["has_boxes"] else None
+    if name not in ("iou", "giou") or not boxes or len(boxes) > 1:
+        return {"reward": load_reward(name)(text, row["truth"])}
+    # A base model is not asked for tags, so its box may stand anywhere; where they are asked for, it may not.
+    untagged = "<answer>" not in template_text(row["template"]) + text
+    box = first_box(text, anywhere=untagged)
+    return {"box": in_image(box), "iou": iou(box, boxes[0]) if box else 0.0}
+
+
 def summarize(rows: Sequence[dict]) -> dict[str, float]:
-    """The figures of a task: accuracy at IoU 0.5 and 0.75 and mean IoU, or the mean reward; and what went wrong."""
+    """The figures of what the rows hold: overlaps of single boxes, detections, rewards; and what went wrong."""
     good = [row for row in rows if "bad_sample" not in row]
     if not good:
         raise ValueError(
@@ -147,6 +171,10 @@ def summarize(rows: Sequence[dict]) -> dict[str, float]:
             "mean_iou": float(overlaps.mean()),
             "unparsed": float(np.mean([row["box"] is None for row in boxed])),
         }
+    listed = [(row["predicted"], row["true"]) for row in good if "predicted" in row]
+    if listed:
+        unread = float(np.mean([row["unread"] for row in good if "predicted" in row]))
+        summary |= {**coco_map(listed), **greedy_precision_recall(listed), **nms_ap(listed), "unparsed": unread}
     others = np.array([row["reward"] for row in good if "reward" in row])
     if len(others):
         low, high = bootstrap_interval(others)
@@ -187,7 +215,7 @@ def evaluate_sets(
 
 def headline(summary: dict[str, float]) -> str:
     """The name of the figure that says how good a model is: it decides which checkpoint is the best."""
-    return "mean_iou" if "mean_iou" in summary else "reward"
+    return next(name for name in ("mean_iou", "map", "reward") if name in summary)
 
 
 def bootstrap_interval(values: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -197,33 +225,72 @@ def bootstrap_interval(values: np.ndarray, *, resamples: int = 2000, seed: int =
     return float(low), float(high)
 
 
-def main(config: Config) -> None:
+def compare(first: Sequence[dict], second: Sequence[dict]) -> dict[str, float]:
+    """Paired differences, second minus first, over the samples both answered, with their 95% intervals."""
+    earlier = {(row["id"], row["question"]): row for row in first if "bad_sample" not in row}
+    pairs = [(earlier[key], row) for row in second if (key := (row["id"], row.get("question"))) in earlier]
+    if not pairs:
+        raise ValueError("no sample of one file is in the other: were they made from the same data?")
+    result = {"samples": len(pairs)}
+    measures = {
+        "accuracy": lambda row: row["iou"] > 0.5,
+        "mean_iou": lambda row: row["iou"],
+        "reward": lambda row: row["reward"],
+    }
+    for name, measure in measures.items():
+        key = "reward" if name == "reward" else "iou"
+        values = [float(measure(b)) - float(measure(a)) for a, b in pairs if key in a and key in b]
+        if values:
+            low, high = bootstrap_interval(np.array(values))
+            result |= {name: float(np.mean(values)), f"{name}_low": low, f"{name}_high": high}
+    return result
+
+
+def answer_sets(config: Config, world: World) -> dict[str, list[dict]]:
+    """Rows of each data file, by the file's name: answered by the model, or read back from --predictions."""
+    reward = {"rec": "iou", "detection": "detection"}.get(config.task, config.reward)
+    if config.predictions:
+        saved = json.loads(Path(config.predictions).read_text(encoding="utf-8"))["rows"]
+        return {
+            name: [row | score(row, reward) if "bad_sample" not in row else row for row in rows]
+            for name, rows in saved.items()
+        }
+    sets = load_samples(
+        config.data,
+        config.image_root,
+        has_boxes=config.task != "text" or reads_boxes(config.reward),
+        progress=world.first,
+    )
     dtype = compute_dtype(config.dtype)
-    with process_group(bf16=dtype == torch.bfloat16) as world:
-        sets = load_samples(
-            config.data,
-            config.image_root,
-            has_boxes=config.task == "rec" or reads_boxes(config.reward),
-            progress=world.first,
-        )
-        samples = [sample for part in sets for sample in part]
-        samples = seeded_sample(samples, config.limit, config.seed)
-        model, processor = load_model(
-            config.model, max_pixels=config.max_pixels, min_pixels=config.min_pixels, dtype=dtype
-        )
-        model = shard_model(model, world, compute_dtype=dtype, trained=False)
-        rows = greedy_rows(
+    model, processor = load_model(config.model, max_pixels=config.max_pixels, min_pixels=config.min_pixels, dtype=dtype)
+    model = shard_model(model, world, compute_dtype=dtype, trained=False)
+    return {
+        Path(path).stem: greedy_rows(
             model,
             processor,
-            samples,
+            seeded_sample(samples, config.limit, config.seed),
             world,
             template=config.template,
             batch_size=config.batch_size,
             max_completion_tokens=config.max_completion_tokens,
-            reward="iou" if config.task == "rec" else config.reward,
+            reward=reward,
         )
+        for path, samples in zip(config.data, sets, strict=True)
+    }
+
+
+def main(config: Config) -> None:
+    if config.compare:
+        first, second = (json.loads(Path(path).read_text(encoding="utf-8"))["rows"] for path in config.compare)
+        print(json.dumps({name: compare(first[name], second[name]) for name in first if name in second}, indent=1))
+        return
+    with process_group(bf16=compute_dtype(config.dtype) == torch.bfloat16) as world:
+        rows = answer_sets(config, world)
+        summary = {name: summarize(part) for name, part in rows.items()}
+        ovdeval = {name for sets in OVDEVAL_GROUPS.values() for name in sets}
+        if config.task == "detection" and ovdeval <= summary.keys():  # the files are named as its sets are
+            summary["overall"] = {"nms_ap": ovdeval_overall({name: summary[name]["nms_ap"] for name in ovdeval})}
         if world.first:
-            summary = summarize(rows)
             print(json.dumps(summary, indent=1))
             if config.output:
                 Path(config.output).write_text(

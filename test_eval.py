@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import eval as evaluation
+import toy
 from data import read_samples
-from eval import Config, bootstrap_interval, greedy_rows, main, summarize
+from eval import Config, bootstrap_interval, compare, greedy_rows, main, score, summarize
 from options import parse_options
 from parallel import World
 from rewards import first_box, iou
@@ -102,8 +103,50 @@ def test_a_whole_evaluation_writes_summary_and_rows(checkpoint, scenes, tmp_path
             "--max_completion_tokens", "3", "--min_pixels", "256", "--output", str(tmp_path / "e.json")]  # fmt: skip
     main(parse_options(Config, argv, {}))
     written = json.loads((tmp_path / "e.json").read_text())
-    assert written["summary"] == json.loads(capsys.readouterr().out) and len(written["rows"]) == 4
-    assert {"id", "question", "answer", "completion", "box", "iou"} <= written["rows"][0].keys()
+    assert written["summary"] == json.loads(capsys.readouterr().out) and len(written["rows"]["test"]) == 4
+    assert {"id", "question", "answer", "completion", "box", "iou"} <= written["rows"]["test"][0].keys()
+
+    main(parse_options(Config, ["--model", "none", "--predictions", str(tmp_path / "e.json")], {}))
+    assert json.loads(capsys.readouterr().out) == written["summary"]
+
+
+def saved(path, overlaps, **more):
+    rows = [{"id": str(n), "question": "q", "iou": value, **more} for n, value in enumerate(overlaps)]
+    path.write_text(json.dumps({"summary": {}, "rows": {"val": rows}}))
+    return str(path)
+
+
+def test_two_files_are_compared_sample_by_sample(tmp_path, capsys):
+    files = [saved(tmp_path / "a.json", [0.2, 0.6, 0.4, 0.9]), saved(tmp_path / "b.json", [0.7, 0.6, 0.8, 0.8, 0.1])]
+    main(parse_options(Config, ["--model", "none", "--compare", *files], {}))
+    result = json.loads(capsys.readouterr().out)["val"]
+    assert result["samples"] == 4 and result["accuracy"] == 0.5
+    assert result["mean_iou"] == pytest.approx(0.2)
+    assert result["mean_iou_low"] < 0.2 < result["mean_iou_high"]
+
+
+def test_files_without_a_sample_in_common_are_not_compared():
+    with pytest.raises(ValueError, match="no sample"):
+        compare([{"id": "a", "question": "q", "iou": 1}], [{"id": "b", "question": "q", "iou": 1}])
+
+
+def test_detections_are_scored_in_pixels_of_the_original_image(checkpoint, tmp_path, monkeypatch, capsys):
+    data = toy.write_detection_split(tmp_path, "detect", 12, seed=1)
+    samples = read_samples(data, tmp_path)
+    answers = {s.question: s.answer for s in samples}
+    model, processor = load_model(checkpoint, min_pixels=256)
+    asked = iter(samples)
+    monkeypatch.setattr(
+        processor.tokenizer, "decode", lambda *a, **o: f"<answer>{answers[next(asked).question]}</answer>"
+    )
+    options = {"template": "plain", "max_completion_tokens": 2, "batch_size": 4, "reward": "detection"}
+    rows = greedy_rows(model, processor, samples, ALONE, **options)
+    summary = summarize(rows)
+    assert summary["map"] == summary["map_50"] == summary["precision"] == summary["recall"] == 1.0
+    assert summary["nms_ap"] == 1.0 and summary["unparsed"] == 0.0
+    halved = [row | {"input_size": (32, 32)} for row in rows]  # the model saw the image at half its size
+    moved = [score({**row, "truth": row["truth"]}, "detection")["true"] for row in halved]
+    assert moved[0][0][0] == [2 * side for side in rows[0]["true"][0][0]]
 
 
 @pytest.mark.parametrize(
