@@ -47,6 +47,27 @@ def k3_divergence(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
+def token_weights(
+    mask: Tensor,  # [N, C] bool
+    variant: str,
+    num_completions: int | Tensor,
+    num_tokens: int | Tensor,
+    max_completion_tokens: int | None = None,
+) -> Tensor:
+    """What each token's loss is multiplied by before all are added up, [N, C] in float64."""
+    ones = mask.double()
+    if variant == "dapo":  # arXiv 2503.14476: a token weighs the same in a long completion as in a short one
+        return ones / num_tokens
+    if variant == "dr_grpo":  # arXiv 2503.20783: a constant, so that no length is favoured
+        if max_completion_tokens is None:
+            raise ValueError(
+                'variant "dr_grpo" divides by max_completion_tokens, which is None: pass the limit drawn to'
+            )
+        return ones / (num_completions * max_completion_tokens)
+    # An empty completion adds nothing, and no 0 / 0.
+    return ones / (mask.sum(1, keepdim=True).clamp(min=1) * num_completions)
+
+
 def grpo_loss(
     logprobs: Tensor,  # [N, C] under the policy being trained
     old_logprobs: Tensor,  # [N, C] under the policy that drew the completions; logprobs.detach() on the first pass
@@ -93,17 +114,7 @@ def grpo_loss(
         kl = k3_divergence(torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0))
         token_loss = token_loss + beta * kl
 
-    ones = mask.to(token_loss.dtype)
-    if variant == "dapo":  # arXiv 2503.14476: a token weighs the same in a long completion as in a short one
-        weights = ones / num_tokens
-    elif variant == "dr_grpo":  # arXiv 2503.20783: a constant, so that no length is favoured
-        if max_completion_tokens is None:
-            raise ValueError(
-                'variant "dr_grpo" divides by max_completion_tokens, which is None: pass the limit drawn to'
-            )
-        weights = ones / (num_completions * max_completion_tokens)
-    else:
-        weights = ones / (lengths * num_completions)
+    weights = token_weights(mask, variant, num_completions, num_tokens, max_completion_tokens).to(token_loss.dtype)
     loss = (token_loss * weights).sum()
 
     def token_mean(values: Tensor) -> Tensor:

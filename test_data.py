@@ -142,9 +142,12 @@ def test_a_box_in_a_sideways_photo_is_measured_as_a_viewer_shows_it(root):
 
 
 def test_only_a_share_of_very_many_headers_is_read(root, monkeypatch):
+    opened, real_size = [], data._header_size
     monkeypatch.setattr(data, "MAX_HEADERS", 1)
+    monkeypatch.setattr(data, "_header_size", lambda path: opened.append(path) or real_size(path))
     samples = read_samples(write(root, record(), record(image="b.jpg")), root)
     check_samples(samples)  # the second would be refused; it is set aside when it is drawn
+    assert opened == [str(root / "a.png")]
 
 
 def test_an_image_that_breaks_while_decoding_is_a_bad_sample(root):

@@ -33,11 +33,12 @@ def test_every_test_and_function_the_readme_names_exists():
 
 def test_every_option_the_readme_names_exists():
     import eval as evaluation
+    import prepare
     import sft
     import toy
     import train
 
-    fields = {name for module in (train, sft, evaluation) for name in module.Config.__dataclass_fields__}
+    fields = {name for module in (train, sft, evaluation, prepare) for name in module.Config.__dataclass_fields__}
     foreign = {"standalone", "nproc_per_node", "nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint"}
     for name in re.findall(r"--(\w+)", README):
         assert name in fields | foreign | {"help"}, name

@@ -17,9 +17,7 @@ import train
 from data import Sample
 from grpo import grpo_loss
 from options import parse_options
-from parallel import World
 from rollout import stack_groups
-from run import _drop_after, learning_rate_factor
 from test_parallel import ALONE, CONFIG, Recorder, make_model, make_rollout
 from test_rollout import repeated_logprobs
 from train import Config, blank_prompt, causes_for_concern, learn, main, make_rows, roll_out, score_texts
@@ -49,77 +47,6 @@ def only_numbers(rows):
     return [
         {k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per_second", "memory"))} for row in rows
     ]
-
-
-def parse(*argv):
-    return parse_options(Config, ["--model", "m", "--data", "d.jsonl", *argv], {})
-
-
-# ---- options -------------------------------------------------------------------------------------------------------
-
-
-def test_the_defaults_for_real_models_are_the_recipe_of_vlm_r1():
-    config = parse()
-    recipe = (
-        config.prompts_per_step,
-        config.group_size,
-        config.learning_rate,
-        config.schedule,
-        config.beta,
-        config.clip_low,
-    )
-    assert recipe == (16, 8, 1e-6, "constant", 0.04, 0.2)
-    assert (config.temperature, config.top_k, config.top_p, config.num_iterations, config.variant) == (
-        1.0,
-        0,
-        1.0,
-        1,
-        "grpo",
-    )
-    assert (config.rewards, config.weights, config.optimizer, config.weight_decay) == (
-        ["iou", "rec_format"],
-        [1, 1],
-        "adamw",
-        0,
-    )
-
-
-@pytest.mark.parametrize(
-    "argv, reason",
-    [
-        ("--group_size 1", "group_size is 1"),
-        ("--temperature 0", "temperature is 0"),
-        ("--top_p 0", "top_p is 0"),
-        ("--rewards iou unheard_of", "'unheard_of' is unknown"),
-        ("--rewards iou --reward_weights 1 2", "2 reward_weights for 1 rewards"),
-        ("--beta -1", "beta -1"),
-        ("--num_iterations 0", "num_iterations"),
-        ("--image_root a b", "2 image_root for 1 files"),
-        ("--steps 5 --warmup_steps 5", "leaves nothing of 5 steps"),
-        ("--steps 0 --epochs 0", "how long to train"),
-        ("--max_pixels 100", "is below min_pixels"),
-        ("--template rek", "'rek' is unknown"),
-        ("--prompts_per_step 0", "prompts_per_step is 0"),
-        ("--learning_rate 0", "learning_rate is 0"),
-        ("--group_sise 4", "--group_sise"),
-        ("--group 4", "--group"),
-    ],
-)
-def test_contradictory_and_unknown_options_are_refused_with_the_value(argv, reason):
-    with pytest.raises(ValueError, match="specified|is|for|beta|leaves|how|must|not used") as error:
-        parse(*argv.split())
-    assert reason in str(error.value)
-
-
-def test_a_real_model_needs_data():
-    with pytest.raises(ValueError, match="data is empty"):
-        parse_options(Config, ["--model", "m"], {})
-
-
-def test_without_a_model_the_toys_preset_stands_in_and_options_still_win(monkeypatch):
-    monkeypatch.setattr(toy, "write_data", lambda: None)
-    config = parse_options(Config, ["--steps", "7"], toy.PRESETS["train"])
-    assert config.steps == 7 and config.beta == 0 and config.model == str(toy.MODEL) and config.template == "plain"
 
 
 # ---- one step ------------------------------------------------------------------------------------------------------
@@ -197,17 +124,6 @@ def test_the_gap_between_drawing_and_training_is_rounding_alone():
     assert 0 < figures["draw_gap_max"] < 1e-4 and figures["draw_gap"] <= figures["draw_gap_max"]
 
 
-def test_a_rank_with_less_to_do_adds_rows_of_a_blank_prompt(monkeypatch):
-    model, processor = make_model()
-    rollout = make_rollout(model, processor, ALONE)
-    monkeypatch.setattr("run.all_sum", lambda values, world, largest: {"rows": 3.0})  # another rank has three
-    rows = make_rows(
-        rollout, replace(CONFIG, row_tokens=4096), World(0, 2, torch.device("cpu"), None), blank_prompt(processor)
-    )
-    assert len(rows) == 3 and [len(row.members) for row in rows] == [12, 0, 0]
-    assert all(any("pixel_values" in prompt for prompt in row.prompts) for row in rows)
-
-
 def test_warnings_name_the_likely_cause():
     fine = {"unparsed": 0.0, "truncated": 0.0, "groups_equal": 0.1}
     config = replace(CONFIG, rewards=["iou"])
@@ -246,21 +162,6 @@ def test_groups_drawn_a_few_at_a_time_are_complete_and_in_order():
     config = replace(config, draw_batch_size=512)
     many = roll_out(model, processor, prompts, config, generator=torch.Generator().manual_seed(0), **options)
     assert few.texts == many.texts and len(few.texts) == 12  # nearly greedy, so the noise does not matter
-
-
-@pytest.mark.parametrize(
-    "schedule, factors",
-    [
-        ("constant", [1, 1, 1, 1]),
-        ("linear", [1, 0.75, 0.5, 0.25]),
-        ("cosine", [1, 0.8536, 0.5, 0.1464]),
-        ("trapezoid", [1, 1, 1, 1]),
-    ],
-)
-def test_the_learning_rate_follows_its_schedule_after_the_warm_up(schedule, factors):
-    found = [learning_rate_factor(step, 6, 2, schedule) for step in range(6)]
-    assert found == pytest.approx([0.5, 1.0, *factors], abs=1e-4)
-    assert learning_rate_factor(7, 8, 0, "trapezoid") == 0.5
 
 
 # ---- whole runs ----------------------------------------------------------------------------------------------------
@@ -316,64 +217,6 @@ def test_a_resumed_run_keeps_its_options_and_a_second_run_its_own_directory(chec
         run(checkpoint, scenes, tmp_path / "out", "--steps", "1", "--eval_every", "0")
     with pytest.raises(ValueError, match="no such file"):
         parse_options(Config, ["--resume", str(tmp_path / "none")], {})
-
-
-def test_only_the_newest_checkpoints_and_the_best_are_kept(checkpoint, scenes, tmp_path, monkeypatch):
-    scores = iter([0.1, 0.5, 0.2, 0.3, 0.4])
-    monkeypatch.setattr(train, "evaluate_sets", lambda *arguments, **named: next(scores))
-    run(
-        checkpoint,
-        scenes,
-        tmp_path / "out",
-        "--steps",
-        "4",
-        "--eval_every",
-        "1",
-        "--save_every",
-        "1",
-        "--keep_checkpoints",
-        "1",
-    )
-    assert sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir()) == ["step-000001", "step-000004"]
-    assert (tmp_path / "out" / "best").resolve().name == "step-000001"
-
-
-def test_an_image_that_breaks_while_running_is_set_aside_and_named(checkpoint, tmp_path):
-    toy.write_split(tmp_path, "train", 12, seed=3)
-    image = tmp_path / "train" / "00005.png"
-    image.write_bytes(image.read_bytes()[:600])
-    rows = run(
-        checkpoint,
-        tmp_path,
-        tmp_path / "out",
-        "--steps",
-        "6",
-        "--eval_every",
-        "0",
-        "--eval_data",
-        str(tmp_path / "train.jsonl"),
-    )
-    assert rows[-1]["bad_samples"] == 1
-    [bad] = [json.loads(line) for line in (tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()]
-    assert bad["source"].endswith("train.jsonl:6") and "00005.png" in bad["reason"]
-
-
-def test_too_many_broken_images_stop_the_run(checkpoint, tmp_path):
-    toy.write_split(tmp_path, "train", 12, seed=3)
-    for image in list((tmp_path / "train").iterdir())[:6]:
-        image.write_bytes(image.read_bytes()[:600])
-    with pytest.raises(ValueError, match="samples used are broken, more than 1%"):
-        run(
-            checkpoint,
-            tmp_path,
-            tmp_path / "out",
-            "--steps",
-            "6",
-            "--eval_every",
-            "0",
-            "--eval_data",
-            str(tmp_path / "train.jsonl"),
-        )
 
 
 def test_a_text_task_without_images_trains_and_reports_its_reward(checkpoint, tmp_path):
@@ -440,13 +283,6 @@ def test_a_scheduler_that_says_sigterm_twice_is_heard_once(checkpoint, scenes, t
     real_step = train.train_step
     monkeypatch.setattr(train, "train_step", interrupted)
     assert len(run(checkpoint, scenes, tmp_path / "out", "--steps", "5", "--eval_every", "0")) == 1
-
-
-def test_a_line_that_a_killed_process_left_half_written_is_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    _drop_after(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_checkpoint_keeps_the_pixel_budget_it_was_trained_under(checkpoint, scenes, tmp_path):

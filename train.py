@@ -236,10 +236,11 @@ def learn(
     """
     num_tokens = all_sum({"tokens": float(sum(row.mask.sum() for row in rows))}, world)["tokens"]
     options = {
-        **{
-            name: getattr(config, name)
-            for name in ("clip_low", "clip_high", "beta", "variant", "max_completion_tokens")
-        },
+        "clip_low": config.clip_low,
+        "clip_high": config.clip_high,
+        "beta": config.beta,
+        "variant": config.variant,
+        "max_completion_tokens": config.max_completion_tokens,
         "num_completions": config.prompts_per_step * config.group_size,
         "num_tokens": num_tokens,
     }

@@ -1,0 +1,107 @@
+"""run.py: the learning rate, rows of every rank, samples set aside, files and checkpoints of a run."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import toy
+import train
+from parallel import World
+from run import _drop_after, learning_rate_factor
+from test_parallel import ALONE, CONFIG, make_model, make_rollout
+from test_train import run
+from train import make_rows
+from vlm import blank_prompt
+
+
+@pytest.mark.parametrize(
+    "schedule, factors",
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("linear", [1, 0.75, 0.5, 0.25]),
+        ("cosine", [1, 0.8536, 0.5, 0.1464]),
+        ("trapezoid", [1, 1, 1, 1]),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule_after_the_warm_up(schedule, factors):
+    found = [learning_rate_factor(step, 6, 2, schedule) for step in range(6)]
+    assert found == pytest.approx([0.5, 1.0, *factors], abs=1e-4)
+    assert learning_rate_factor(7, 8, 0, "trapezoid") == 0.5
+
+
+def test_a_line_that_a_killed_process_left_half_written_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    _drop_after(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_only_the_newest_checkpoints_and_the_best_are_kept(checkpoint, scenes, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.5, 0.2, 0.3, 0.4])
+    monkeypatch.setattr(train, "evaluate_sets", lambda *arguments, **named: next(scores))
+    run(
+        checkpoint,
+        scenes,
+        tmp_path / "out",
+        "--steps",
+        "4",
+        "--eval_every",
+        "1",
+        "--save_every",
+        "1",
+        "--keep_checkpoints",
+        "1",
+    )
+    assert sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir()) == ["step-000001", "step-000004"]
+    assert (tmp_path / "out" / "best").resolve().name == "step-000001"
+
+
+def test_an_image_that_breaks_while_running_is_set_aside_and_named(checkpoint, tmp_path):
+    toy.write_split(tmp_path, "train", 12, seed=3)
+    image = tmp_path / "train" / "00005.png"
+    image.write_bytes(image.read_bytes()[:600])
+    rows = run(
+        checkpoint,
+        tmp_path,
+        tmp_path / "out",
+        "--steps",
+        "6",
+        "--eval_every",
+        "0",
+        "--eval_data",
+        str(tmp_path / "train.jsonl"),
+    )
+    assert rows[-1]["bad_samples"] == 1
+    [bad] = [json.loads(line) for line in (tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()]
+    assert bad["source"].endswith("train.jsonl:6") and "00005.png" in bad["reason"]
+
+
+def test_too_many_broken_images_stop_the_run(checkpoint, tmp_path):
+    toy.write_split(tmp_path, "train", 12, seed=3)
+    for image in list((tmp_path / "train").iterdir())[:6]:
+        image.write_bytes(image.read_bytes()[:600])
+    with pytest.raises(ValueError, match="samples used are broken, more than 1%"):
+        run(
+            checkpoint,
+            tmp_path,
+            tmp_path / "out",
+            "--steps",
+            "6",
+            "--eval_every",
+            "0",
+            "--eval_data",
+            str(tmp_path / "train.jsonl"),
+        )
+
+
+def test_a_rank_with_less_to_do_adds_rows_of_a_blank_prompt(monkeypatch):
+    model, processor = make_model()
+    rollout = make_rollout(model, processor, ALONE)
+    monkeypatch.setattr("run.all_sum", lambda values, world, largest: {"rows": 3.0})  # another rank has three
+    rows = make_rows(
+        rollout, replace(CONFIG, row_tokens=4096), World(0, 2, torch.device("cpu"), None), blank_prompt(processor)
+    )
+    assert len(rows) == 3 and [len(row.members) for row in rows] == [12, 0, 0]
+    assert all(any("pixel_values" in prompt for prompt in row.prompts) for row in rows)
