@@ -209,7 +209,7 @@ def evaluate_sets(
         summary = summarize(rows)
         score = summary[headline(summary)] if score is None else score
         log.write("eval.jsonl", step, {f"eval/{name}/{key}": value for key, value in summary.items()})
-        log.say(f"step {step}, {name}: " + "  ".join(f"{key} {value:.3f}" for key, value in summary.items()))
+        log.say(f"step {step}, {name}: " + "  ".join(f"{key} {value:.4g}" for key, value in summary.items()))
     return score
 
 

@@ -99,7 +99,7 @@ def grpo_loss(
     assert logprobs.shape == old_logprobs.shape == mask.shape and advantages.shape == mask.shape[:1]
     lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]; an empty completion adds nothing, and no 0 / 0
     num_completions = len(mask) if num_completions is None else num_completions
-    num_tokens = lengths.sum() if num_tokens is None else num_tokens
+    num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
 
     # What stands in the padding must not matter, not even NaN: zero the difference there before anything else.
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # [N, C]

@@ -305,6 +305,7 @@ class RunLog:
         self.out, self.first, self.boards = out, world.first, []
         if not self.first:
             return
+        self.say(f"writing to {out}")
         for name in ("metrics.jsonl", "completions.jsonl", "eval.jsonl"):
             _drop_after(out / name, start_step)  # a resumed run repeats what came after its checkpoint
         if config.tensorboard:

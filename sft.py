@@ -138,6 +138,7 @@ def main(config: Config) -> None:
             if last and done < steps:
                 log.say(f"stopped after step {done}; go on with: python sft.py --resume {out}")
                 break
+        log.say(f"{out}: best score {keeper.best}, checkpoints in {out / 'checkpoints'}")
 
 
 if __name__ == "__main__":
