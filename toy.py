@@ -245,6 +245,7 @@ def write_data(directory: Path = DATA) -> None:
 
 def write_start(directory: Path) -> None:
     """What the start is made from: an untrained model, and scenes with true and with loose boxes."""
+    write_data()  # its test split is what the making is watched on
     write_split(directory, "true", 24000, seed=10, relations=0.05, fewest=1, questions=4)
     write_split(directory, "loose", 6000, seed=11, relations=0.05, fewest=1, questions=4, loose=True)
     processor = build_processor()
