@@ -24,7 +24,7 @@ from data import BadSample, Sample, answer_boxes, template_text
 from detection import OVDEVAL_GROUPS, coco_map, greedy_precision_recall, nms_ap, ovdeval_overall
 from options import RunConfig, compute_dtype, parse_options
 from parallel import World, all_gather, gathered, launch, process_group, shard_model
-from rewards import first_box, iou, load_reward, parse_boxes, reads_boxes
+from rewards import average_precision, first_box, iou, load_reward, parse_boxes, reads_boxes
 from rollout import sample_completions
 from run import RunLog, load_samples, seeded_sample
 from vlm import MAX_PIXELS, banned_token_ids, build_prompt, eos_token_ids, load_model, to_image_box
@@ -232,18 +232,23 @@ def compare(first: Sequence[dict], second: Sequence[dict]) -> dict[str, float]:
     if not pairs:
         raise ValueError("no sample of one file is in the other: were they made from the same data?")
     result = {"samples": len(pairs)}
-    measures = {
-        "accuracy": lambda row: row["iou"] > 0.5,
-        "mean_iou": lambda row: row["iou"],
-        "reward": lambda row: row["reward"],
+    measures = {  # name: (what a row must hold, what it is worth)
+        "accuracy": ("iou", lambda row: row["iou"] > 0.5),
+        "mean_iou": ("iou", lambda row: row["iou"]),
+        "image_ap": ("predicted", _image_ap),
+        "reward": ("reward", lambda row: row["reward"]),
     }
-    for name, measure in measures.items():
-        key = "reward" if name == "reward" else "iou"
+    for name, (key, measure) in measures.items():
         values = [float(measure(b)) - float(measure(a)) for a, b in pairs if key in a and key in b]
         if values:
             low, high = bootstrap_interval(np.array(values))
             result |= {name: float(np.mean(values)), f"{name}_low": low, f"{name}_high": high}
     return result
+
+
+def _image_ap(row: dict) -> float:
+    predicted, true = row["predicted"], row["true"]
+    return average_precision(predicted, true) if predicted and true else float(not predicted and not true)
 
 
 def answer_sets(config: Config, world: World) -> dict[str, list[dict]]:

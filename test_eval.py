@@ -125,6 +125,14 @@ def test_two_files_are_compared_sample_by_sample(tmp_path, capsys):
     assert result["mean_iou_low"] < 0.2 < result["mean_iou_high"]
 
 
+def test_detections_are_compared_by_the_ap_of_each_image():
+    box = [0, 0, 10, 10]
+    truth = {"question": "q", "true": [(box, "cat")]}
+    worse = [{"id": "a", "predicted": [], **truth}, {"id": "b", "question": "q", "true": [], "predicted": []}]
+    better = [{"id": "a", "predicted": [(box, "cat")], **truth}, worse[1]]
+    assert compare(worse, better)["image_ap"] == 0.5
+
+
 def test_files_without_a_sample_in_common_are_not_compared():
     with pytest.raises(ValueError, match="no sample"):
         compare([{"id": "a", "question": "q", "iou": 1}], [{"id": "b", "question": "q", "iou": 1}])
