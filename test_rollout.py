@@ -9,7 +9,6 @@ from torch.testing import assert_close
 
 import rollout
 import toy
-from data import Sample
 from rollout import completion_logprobs, pack_row, pick_tokens, plan_rows, sample_completions, truncated
 from vlm import banned_token_ids
 
@@ -323,7 +322,3 @@ def test_many_prompts_prefilled_in_several_rows_draw_the_same(model, processor, 
     monkeypatch.setattr(rollout, "PREFILL_TOKENS", 40)
     for a, b in zip(together, draw(), strict=True):
         assert a[0].equal(b[0])
-
-
-def test_a_blank_sample_type_is_importable():
-    assert Sample("id", "q", "a", (), "", False, "source").images == ()

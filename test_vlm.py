@@ -27,15 +27,6 @@ from vlm import (
 )
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint")
-    processor = toy.build_processor()
-    toy.build_model(processor.tokenizer).save_pretrained(path)
-    processor.save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def photo(tmp_path):
     Image.new("RGB", (100, 50), (9, 9, 9)).save(tmp_path / "photo.png")
@@ -47,21 +38,21 @@ def sample(images, answer="[10, 10, 50, 40]", question="the red circle", has_box
 
 
 def test_a_saved_directory_loads_with_equal_weights_and_the_pixel_budget(checkpoint):
-    model, processor = load_model(str(checkpoint), max_pixels=4096, min_pixels=256)
+    model, processor = load_model(checkpoint, max_pixels=4096, min_pixels=256)
     fresh = toy.build_model(processor.tokenizer)
     assert all(a.equal(b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
     assert processor.image_processor.size["longest_edge"] == 4096 and not model.training
 
 
 def test_the_budget_shrinks_images_and_the_default_is_not_the_hubs(checkpoint, photo):
-    small = load_processor(str(checkpoint), max_pixels=1024, min_pixels=256)
+    small = load_processor(checkpoint, max_pixels=1024, min_pixels=256)
     inputs = build_prompt(small, sample([photo]), template="plain")
     assert inputs.input_size[0] * inputs.input_size[1] <= 1024
-    assert load_processor(str(checkpoint)).image_processor.size["longest_edge"] == MAX_PIXELS == 1280 * 28 * 28
+    assert load_processor(checkpoint).image_processor.size["longest_edge"] == MAX_PIXELS == 1280 * 28 * 28
 
 
 def test_true_boxes_move_into_pixels_of_the_resized_image_or_into_a_thousand(checkpoint, photo):
-    processor = load_processor(str(checkpoint), max_pixels=1024, min_pixels=256)
+    processor = load_processor(checkpoint, max_pixels=1024, min_pixels=256)
     pixels = build_prompt(processor, sample([photo]), template="plain")
     width, height = pixels.input_size
     assert pixels.image_size == (100, 50) and (width, height) == (32, 16)
@@ -81,7 +72,7 @@ def test_a_box_goes_to_the_model_and_back_unchanged(family, image_size, input_si
 
 
 def test_text_answers_are_left_alone(checkpoint, photo):
-    processor = load_processor(str(checkpoint))
+    processor = load_processor(checkpoint)
     prompt = build_prompt(processor, sample([photo], "[1, 2, 3, 4]", has_boxes=False), family="qwen3_vl")
     assert prompt.answer == "[1, 2, 3, 4]"
     text = build_prompt(processor, sample([], "4", has_boxes=False), template="plain")
@@ -89,7 +80,7 @@ def test_text_answers_are_left_alone(checkpoint, photo):
 
 
 def test_a_prompt_is_what_the_processor_returned_and_can_be_drawn_from(checkpoint, photo):
-    model, processor = load_model(str(checkpoint), min_pixels=256)
+    model, processor = load_model(checkpoint, min_pixels=256)
     prompt = build_prompt(processor, sample([photo]), template="plain")
     assert set(prompt) == {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"}
     [[ids]] = sample_completions(model, [prompt], 1, max_new_tokens=2, eos_ids=[2])
@@ -102,7 +93,7 @@ def test_a_processor_of_no_known_family_is_refused():
 
 
 def test_the_template_and_the_images_reach_the_prompt(checkpoint, photo):
-    processor = load_processor(str(checkpoint), min_pixels=256)
+    processor = load_processor(checkpoint, min_pixels=256)
     prompt = build_prompt(
         processor,
         sample([photo, photo], question="the <image> above <image>"),
@@ -118,7 +109,7 @@ def test_the_template_and_the_images_reach_the_prompt(checkpoint, photo):
 
 
 def test_samples_that_cannot_be_used_are_bad_samples(checkpoint, tmp_path, photo):
-    processor = load_processor(str(checkpoint), min_pixels=256)
+    processor = load_processor(checkpoint, min_pixels=256)
     Image.new("RGB", (900, 4)).save(tmp_path / "thin.png")
     with pytest.raises(BadSample, match="aspect ratio"):
         build_prompt(processor, sample([str(tmp_path / "thin.png")], "[1, 1, 9, 3]"))
@@ -129,7 +120,7 @@ def test_samples_that_cannot_be_used_are_bad_samples(checkpoint, tmp_path, photo
 
 
 def test_vision_tokens_and_rows_without_a_token_are_banned_and_words_are_not(checkpoint):
-    model, processor = load_model(str(checkpoint))
+    model, processor = load_model(checkpoint)
     model.resize_token_embeddings(len(processor.tokenizer) + 5)
     banned = {*banned_token_ids(model, processor)}
     named = processor.tokenizer.convert_tokens_to_ids(
@@ -140,19 +131,19 @@ def test_vision_tokens_and_rows_without_a_token_are_banned_and_words_are_not(che
 
 
 def test_every_end_token_of_the_generation_config_ends_an_answer(checkpoint):
-    model, processor = load_model(str(checkpoint))
+    model, processor = load_model(checkpoint)
     model.generation_config.eos_token_id = [7, 0]
     assert eos_token_ids(model, processor) == [0, 2, 7]
 
 
 def test_a_frozen_tower_leaves_the_language_model_to_be_trained(checkpoint):
-    model, _ = load_model(str(checkpoint), freeze_vision=True)
+    model, _ = load_model(checkpoint, freeze_vision=True)
     names = [name for name, _ in trainable(model)]
     assert names and not any("visual" in name for name in names)
 
 
 def test_a_blank_prompt_holds_one_image(checkpoint):
-    inputs = blank_prompt(load_processor(str(checkpoint))).inputs
+    inputs = blank_prompt(load_processor(checkpoint)).inputs
     assert inputs["image_grid_thw"].shape == (1, 3) and inputs["pixel_values"].dtype == torch.float32
 
 
