@@ -7,13 +7,17 @@ optimizer step; nobody has to know how the step was cut.
 Shapes: N completions in the batch given, C tokens of the longest completion, H hidden size, V vocabulary, T tokens.
 """
 
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 # A log-ratio beyond this is no longer a policy update: exp(20) is 5e8, and fp32 overflows at 88.
 MAX_LOG_RATIO = 20.0
-# Logits held at once by `linear_logprobs`, in elements: 128 MB in fp32, 220 rows at a vocabulary of 152k.
-CHUNK_LOGITS = 2**25
+# Logits that `linear_logprobs` holds at once, in elements: what stays in a CPU's cache, what fills a GPU.
+CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**25}
 VARIANTS = ("grpo", "dapo", "dr_grpo", "gspo")
 
 
@@ -134,56 +138,79 @@ def linear_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
     A bf16 logit near 20 is rounded to 0.125, which moves a ratio by several percent: inputs may be bf16, the sum not.
     """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    if hidden.is_cuda and hidden.dtype != dtype:
-        return torch.mm(hidden, weight.t(), out_dtype=dtype)  # bf16 in, fp32 out, in one kernel
-    return hidden.to(dtype) @ weight.to(dtype).t()
+    return _product(hidden, weight.t())
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)  # bf16 in, fp32 out, in one kernel
+    return a.to(dtype) @ b.to(dtype)
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Keeps the inputs and two numbers per token; the backward pass computes each chunk's logits a second time."""
+    """The vocabulary is cut, not the tokens: the softmax needs two running numbers per token, and backward a block of
+    the weight's gradient is one product over all tokens, written once. Blocks of logits are computed twice, never kept.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, ids, banned, temperature, chunk):
+    def forward(ctx, hidden, weight, ids, banned_ids, temperature, chunk):
         ctx.set_materialize_grads(False)
+        blocks = _vocabulary_blocks(len(weight), banned_ids, chunk, ids.device)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs, entropies, normalizers = (hidden.new_empty(len(ids), dtype=dtype) for _ in range(3))
-        for start in range(0, len(ids), chunk):
-            part = slice(start, start + chunk)
-            logits = _masked_logits(hidden[part], weight, banned, temperature)
-            normalizers[part] = logits.logsumexp(1)
-            logprobs[part] = logits.gather(1, ids[part, None])[:, 0] - normalizers[part]
-            probs = (logits - normalizers[part, None]).exp_()
-            entropies[part] = normalizers[part] - probs.mul_(logits).sum(1)
-        ctx.save_for_backward(hidden, weight, ids, banned, normalizers, entropies)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        return logprobs, entropies
+        # Running, as if the vocabulary ended here: the largest logit, the sum of exp(logit - largest), the same sum
+        # with each term times its logit; and the logit of the token itself.
+        largest = hidden.new_full((len(ids),), -torch.inf, dtype=dtype)
+        total, weighted, own = (torch.zeros_like(largest) for _ in range(3))
+        for block, banned in blocks:
+            logits = _block_logits(hidden, weight[block], banned, temperature)
+            before, largest = largest, torch.maximum(largest, logits.amax(1))
+            shrink = (before - largest).exp()
+            place = (ids - block.start).clamp(0, logits.shape[1] - 1)
+            own = torch.where(place == ids - block.start, logits.gather(1, place[:, None])[:, 0], own)
+            exps = (logits - largest[:, None]).exp_()
+            total = total * shrink + exps.sum(1)
+            weighted = weighted * shrink + exps.mul_(logits).sum(1)
+        normalizers = largest + total.log()
+        entropies = normalizers - weighted / total
+        ctx.save_for_backward(hidden, weight, ids, normalizers, entropies)
+        ctx.blocks, ctx.temperature = blocks, temperature
+        return own - normalizers, entropies
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropies):
-        hidden, weight, ids, banned, normalizers, entropies = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(ids), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            logits = _masked_logits(hidden[part], weight, banned, ctx.temperature)
-            log_p = logits.sub_(normalizers[part, None])
-            grad = torch.zeros_like(log_p)
+        hidden, weight, ids, normalizers, entropies = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden, dtype=normalizers.dtype)  # a sum over blocks
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for block, banned in ctx.blocks:
+            log_p = _block_logits(hidden, weight[block], banned, ctx.temperature).sub_(normalizers[:, None])
+            grad = torch.zeros_like(log_p) if grad_entropies is not None else None
+            if grad is not None:  # d entropy / d logit_v = -p_v (log p_v + entropy)
+                grad -= log_p.exp() * (log_p + entropies[:, None]) * grad_entropies[:, None]
             if grad_logprobs is not None:  # d logp(id) / d logit_v = [v is id] - p_v
-                grad -= log_p.exp() * grad_logprobs[part, None]
-                grad.scatter_add_(1, ids[part, None], grad_logprobs[part, None])
-            if grad_entropies is not None:  # d entropy / d logit_v = -p_v (log p_v + entropy)
-                grad -= log_p.exp() * (log_p + entropies[part, None]) * grad_entropies[part, None]
+                share = log_p.exp_().mul_(-grad_logprobs[:, None])
+                place = (ids - block.start).clamp(0, share.shape[1] - 1)
+                share.scatter_add_(1, place[:, None], (grad_logprobs * (place == ids - block.start))[:, None])
+                grad = share if grad is None else grad.add_(share)
             grad = grad.div_(ctx.temperature).to(weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = grad @ weight
+            grad_hidden += _product(grad, weight[block])
             if grad_weight is not None:
-                grad_weight.addmm_(grad.t(), hidden[part])
-        return grad_hidden, grad_weight, None, None, None, None
+                torch.mm(grad.t(), hidden, out=grad_weight[block])
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
 
 
-def _masked_logits(hidden: Tensor, weight: Tensor, banned: Tensor, temperature: float) -> Tensor:
-    logits = linear_logits(hidden, weight).div_(temperature)
+def _vocabulary_blocks(size: int, banned_ids: Sequence[int], chunk: int, device: torch.device) -> list:
+    """(slice, banned ids counted from its start) of each block, cut on the host: the device is not waited for."""
+    banned = sorted(set(banned_ids))
+    blocks = [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
+    borders = pairwise([bisect_left(banned, block.start) for block in blocks] + [len(banned)])
+    on_device = torch.tensor(banned, dtype=torch.long, device=device)
+    return [(block, on_device[first:last] - block.start) for block, (first, last) in zip(blocks, borders, strict=True)]
+
+
+def _block_logits(hidden: Tensor, weight: Tensor, banned: Tensor, temperature: float) -> Tensor:
+    logits = linear_logits(hidden, weight)
+    logits = logits if temperature == 1 else logits.div_(temperature)
     return logits.index_fill_(1, banned, -1e30)  # finite: its probability is exactly 0, and 0 * -1e30 is not NaN
 
 
@@ -193,18 +220,17 @@ def linear_logprobs(
     ids: Tensor,  # [T] the tokens predicted
     *,
     temperature: float = 1.0,
-    banned_ids: tuple[int, ...] | list[int] = (),
-    chunk: int | None = None,
+    banned_ids: Sequence[int] = (),
+    chunk: int | None = None,  # entries of the vocabulary at a time
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of the tokens, each [T] in fp32, from at most `chunk` rows of logits at a time.
+    """Log-probs and entropies of the tokens, each [T] in fp32, from `chunk` entries of the vocabulary at a time.
 
     Both are differentiable. `banned_ids` have probability 0, as in sampling. At 2,000 tokens and 152k entries the usual
-    log_softmax keeps three [T, V] tensors, 3.5 GB; here the peak is four chunks and the gradient of the weight.
+    log_softmax keeps three [T, V] tensors, 3.6 GB; here the peak is the gradient of the weight and two blocks.
     """
     if temperature <= 0:
         raise ValueError(f"temperature {temperature}: log-probs need a distribution, so it must be above 0")
     if len(hidden) != len(ids):
         raise ValueError(f"{len(hidden)} hidden states cannot predict {len(ids)} tokens")
-    chunk = chunk or max(1, CHUNK_LOGITS // len(weight))
-    banned = torch.as_tensor(banned_ids, dtype=torch.long, device=ids.device)
-    return _LinearLogprobs.apply(hidden, weight, ids, banned, temperature, chunk)
+    chunk = chunk or max(256, CHUNK_LOGITS[hidden.device.type] // max(1, len(ids)))
+    return _LinearLogprobs.apply(hidden, weight, ids, tuple(banned_ids), temperature, chunk)

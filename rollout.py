@@ -2,8 +2,8 @@
 
 Both read each prompt once. Scoring lays a group out in one packed row, [prompt | c1 | ... | cG]: every completion sees
 the prompt and itself, and its positions go on from the prompt's, so images and question enter the model once instead of
-G times and nothing is padded. Drawing runs the same row without completions (`prefill`), cuts the cache at the prompts'
-borders, repeats it G times and decodes all completions together (`decode`), dropping rows as they finish.
+G times and nothing is padded. Drawing runs the same row without completions (`prefill`), keeps each prompt's keys and
+values once, and decodes all completions together (`decode`), dropping sequences as they finish.
 
 Sampling is by hand, not `generate`'s: a checkpoint's generation_config (top_k, repetition penalty, a near-greedy
 temperature) would leak into it, and log-probs must be those of the distribution drawn from.
@@ -23,19 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
 
+import attention
+from attention import GroupCache, RowLayout, attend_row, row_layout, shared_prefix
 from grpo import linear_logits, linear_logprobs
 
-PREFILL_TOKENS = 4096  # prompts prefilled in one row; its mask and activations are what this bounds
+PREFILL_TOKENS = 4096  # prompts prefilled in one row; its activations are what this bounds
 # Of a prompt's tensors, these describe its tokens and are rebuilt for a row; all others (pixels, grids) are joined.
 TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    inputs: dict[str, Tensor]  # the model's forward arguments: input_ids [1, S], mask, positions, pixels
-    spans: list[tuple[int, int]]  # of each prompt, its first token and the one after its last
+    inputs: dict[str, Tensor]  # the model's forward arguments, attention apart: input_ids [1, S], positions, pixels
+    layout: RowLayout  # where prompts and completions stand
     next_positions: Tensor  # [A, B] position of the first token after each prompt
     predictors: Tensor  # [T] index in the row of the state that predicts each completion token
     targets: Tensor  # [T] those tokens: prompt by prompt, completion by completion
@@ -44,50 +45,33 @@ class PackedRow:
 def pack_row(model: nn.Module, prompts: Sequence[dict], completions: Sequence[Sequence[Tensor]]) -> PackedRow:
     """Lays prompts and their completions out in one row that a plain causal model scores correctly."""
     device = next(model.parameters()).device
-    ids, positions, group, part, spans, nexts, predictors, targets = [], [], [], [], [], [], [], []
-    start = 0  # of the segment being added
-    for number, (prompt, answers) in enumerate(zip(prompts, completions, strict=True)):
-        prompt_ids = prompt["input_ids"][0].to(device)
+    prompt_lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
+    layout = row_layout(prompt_lengths, [[len(ids) for ids in answers] for answers in completions], device)
+    ids, positions, nexts, predictors = [], [], [], []
+    for prompt, answers, (_, middle, _) in zip(prompts, completions, layout.groups, strict=True):
         prompt_positions = token_positions(model, prompt).to(device)  # [A, P]
         # max + 1, not P: image tokens share positions, so an image-heavy prompt ends at a position far below P.
         next_position = prompt_positions.max() + 1
-        spans.append((start, start + len(prompt_ids)))
         nexts.append(next_position.expand(len(prompt_positions)))
-        last = start + len(prompt_ids) - 1
-        segments = [(prompt_ids, prompt_positions)]
+        ids.append(prompt["input_ids"][0].to(device))
+        positions.append(prompt_positions)
+        start = middle
         for answer in answers:
-            steps = next_position + torch.arange(len(answer), device=device)
-            segments.append((answer.to(device), steps.expand(len(prompt_positions), -1)))
-        for piece, (piece_ids, piece_positions) in enumerate(segments):
-            ids.append(piece_ids)
-            positions.append(piece_positions)
-            group.append(torch.full_like(piece_ids, number))
-            part.append(torch.full_like(piece_ids, piece))
-            if piece:  # the first token is predicted by the prompt's last state, the others by the one before them
-                before = torch.arange(start - 1, start + len(piece_ids) - 1, device=device)
-                before[:1] = last
-                predictors.append(before)
-                targets.append(piece_ids)
-            start += len(piece_ids)
-    nothing = torch.empty(0, dtype=torch.long, device=device)
+            steps = torch.arange(len(answer), device=device)
+            ids.append(answer.to(device))
+            positions.append((next_position + steps).expand(len(prompt_positions), -1))
+            # The first token is predicted by the prompt's last state, the others by the one before them.
+            predictors.append(torch.where(steps == 0, middle - 1, start + steps - 1))
+            start += len(answer)
+    ids = torch.cat(ids)
     inputs = {
-        "input_ids": torch.cat(ids)[None],
+        "input_ids": ids[None],
         "position_ids": model_positions(torch.cat(positions, 1)[:, None]),
-        "attention_mask": segment_mask(torch.cat(group), torch.cat(part)) if len(ids) > 1 else None,
         **joined_features(prompts, device),
     }
     return PackedRow(
-        inputs, spans, torch.stack(nexts, 1), torch.cat([nothing, *predictors]), torch.cat([nothing, *targets])
+        inputs, layout, torch.stack(nexts, 1), torch.cat([layout.places[:0], *predictors]), ids[layout.places]
     )
-
-
-def segment_mask(
-    group: Tensor, part: Tensor
-) -> Tensor:  # [S] number of the prompt, [S] 0 in it and 1..G in its completions
-    """[1, 1, S, S] bool, True where a query (row) sees a key: its own prompt and its own completion, up to itself."""
-    same_group = group[:, None] == group[None, :]
-    visible = (part[None, :] == 0) | (part[:, None] == part[None, :])
-    return (same_group & visible).tril()[None, None]
 
 
 def token_positions(model: nn.Module, prompt: dict) -> Tensor:
@@ -128,9 +112,9 @@ def row_logprobs(
     return linear_logprobs(hidden[predictors], model.get_output_embeddings().weight, targets, **options)
 
 
-def next_logits(model: nn.Module, inputs: dict, last: Tensor, cache: DynamicCache) -> Tensor:
-    """fp32 logits of the tokens that follow the given places of the flattened input; extends the cache."""
-    hidden = model.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state.flatten(0, 1)
+def next_logits(model: nn.Module, inputs: dict, last: Tensor) -> Tensor:
+    """fp32 logits of the tokens that follow the given places of the flattened input."""
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
     return linear_logits(hidden[last], model.get_output_embeddings().weight)
 
 
@@ -142,8 +126,15 @@ def root_forward(model: nn.Module, function):
 def require_mask_support(model: nn.Module) -> None:
     """Refuses attention kernels that read the row's boolean mask wrongly, or not at all."""
     kernel = model.config.get_text_config()._attn_implementation
-    if kernel != "sdpa":  # eager adds True as +1, flash ignores a 4-D mask: wrong numbers, no error
+    if kernel not in ("sdpa", attention.NAME):  # eager adds True as +1, flash ignores a 4-D mask: wrong without error
         raise ValueError(f'attn_implementation is "{kernel}": packed rows need "sdpa"; pass it to from_pretrained')
+
+
+def row_attention(model: nn.Module, layout: RowLayout) -> dict:
+    """The forward arguments of a row's attention: in parts, or by the dense mask where the model's is plain sdpa."""
+    if model.config.get_text_config()._attn_implementation == attention.NAME:
+        return {"attend": partial(attend_row, layout), "attention_mask": attention.NO_MASK}
+    return {"attention_mask": layout.mask}
 
 
 # ---- scoring -------------------------------------------------------------------------------------------------------
@@ -166,7 +157,8 @@ def completion_logprobs(
     require_mask_support(model)
     row = pack_row(model, prompts, completions)
     options = {"temperature": temperature, "banned_ids": tuple(banned_ids)}
-    logprobs, entropies = root_forward(model, row_logprobs)(row.inputs, row.predictors, row.targets, **options)
+    inputs = {**row.inputs, **row_attention(model, row.layout)}
+    logprobs, entropies = root_forward(model, row_logprobs)(inputs, row.predictors, row.targets, **options)
     lengths = [[len(answer) for answer in answers] for answers in completions]
     logprobs, entropies = unpack(logprobs, lengths), unpack(entropies, lengths)
     return (logprobs, entropies) if return_entropies else logprobs
@@ -240,12 +232,12 @@ def sample_completions(
     banned_ids = torch.as_tensor(list(banned_ids), dtype=torch.long, device=next(model.parameters()).device)
     was_training = model.training
     model.eval()  # dropout off; and in train mode gradient checkpointing drops the cache
-    with torch.no_grad():
-        cache, logits, visible, positions = prefill(model, prompts, group_size)
+    with torch.no_grad(), shared_prefix(model):
+        cache, logits, positions = prefill(model, prompts, group_size)
         pick = partial(
             pick_tokens, temperature=temperature, top_k=top_k, top_p=top_p, banned_ids=banned_ids, generator=generator
         )
-        drawn, logprobs, lengths = decode(model, cache, logits, visible, positions, pick, max_new_tokens, eos_ids)
+        drawn, logprobs, lengths = decode(model, cache, logits, positions, pick, max_new_tokens, eos_ids)
     model.train(was_training)
     lengths = lengths.tolist()
     grouped = [
@@ -258,36 +250,29 @@ def sample_completions(
     return (grouped[0], grouped[1]) if return_logprobs else grouped[0]
 
 
-def prefill(
-    model: nn.Module, prompts: Sequence[dict], group_size: int
-) -> tuple[DynamicCache, Tensor, Tensor | None, Tensor]:
-    """Reads each prompt once: the cache of R = B * G rows, logits [R, V], visible keys [R, P], next positions [A, R].
-
-    Prompts run in packed rows and are then aligned at their last token; `visible` is False on the padding in front, and
-    None if all are of one length.
-    """
+def prefill(model: nn.Module, prompts: Sequence[dict], group_size: int) -> tuple[GroupCache, Tensor, Tensor]:
+    """Reads each prompt once: the cache of R = B * G sequences, logits [R, V] and next positions [A, R]."""
     sizes = [prompt["input_ids"].shape[1] for prompt in prompts]
     longest = max(sizes)
-    logits, nexts, states = [], [], defaultdict(list)  # states: (layer, 0 for keys or 1 for values) -> one per prompt
+    logits, nexts, states = [], [], defaultdict(lambda: ([], []))  # states: layer -> keys and values of each prompt
     for start, stop in _chunks(sizes, PREFILL_TOKENS):
         row = pack_row(model, prompts[start:stop], [[] for _ in range(start, stop)])
-        cache = DynamicCache()
-        last = torch.tensor([end - 1 for _, end in row.spans], device=row.targets.device)
-        logits.append(root_forward(model, next_logits)(row.inputs, last, cache))
+
+        def attend(layer, query, key, value, scale, row=row):
+            for kept, new in zip(states[layer], (key, value), strict=True):
+                kept += [
+                    F.pad(new[0, :, first:end], (0, 0, 0, longest - end + first)) for first, end, _ in row.layout.groups
+                ]
+            return attend_row(row.layout, layer, query, key, value, scale)
+
+        inputs = {**row.inputs, "attend": attend, "attention_mask": attention.NO_MASK}
+        last = torch.tensor([end - 1 for _, end, _ in row.layout.groups], device=row.targets.device)
+        logits.append(root_forward(model, next_logits)(inputs, last))
         nexts.append(row.next_positions)
-        for number, layer in enumerate(cache.layers):
-            for kind, values in enumerate((layer.keys, layer.values)):
-                states[number, kind] += [_left_padded(values[:, :, slice(*span)], longest) for span in row.spans]
-    repeated = DynamicCache()
-    for number in range(len(states) // 2):
-        # Popped, so that the single copies are freed layer by layer and the peak is one cache, not two.
-        keys, values = (torch.cat(states.pop((number, kind))).repeat_interleave(group_size, 0) for kind in (0, 1))
-        repeated.update(keys, values, number)
-    device = logits[0].device
-    visible = torch.arange(longest, device=device) >= longest - torch.tensor(sizes, device=device)[:, None]
-    visible = None if min(sizes) == longest else visible.repeat_interleave(group_size, 0)
+    # Popped, so that the copies are freed layer by layer.
+    cache = GroupCache([tuple(map(torch.stack, states.pop(layer))) for layer in sorted(states)], sizes, group_size)
     repeat = partial(torch.repeat_interleave, repeats=group_size)
-    return repeated, repeat(torch.cat(logits), dim=0), visible, repeat(torch.cat(nexts, 1), dim=1)
+    return cache, repeat(torch.cat(logits), dim=0), repeat(torch.cat(nexts, 1), dim=1)
 
 
 def _chunks(sizes: Sequence[int], budget: int) -> list[tuple[int, int]]:
@@ -300,15 +285,10 @@ def _chunks(sizes: Sequence[int], budget: int) -> list[tuple[int, int]]:
     return chunks
 
 
-def _left_padded(states: Tensor, length: int) -> Tensor:  # [1, heads, P, d] -> [1, heads, length, d]
-    return F.pad(states, (0, 0, length - states.shape[2], 0))
-
-
 def decode(
     model: nn.Module,
-    cache: DynamicCache,
+    cache: GroupCache,
     logits: Tensor,  # [R, V] of the first token
-    visible: Tensor | None,  # [R, P] keys of the cache that are no padding
     positions: Tensor,  # [A, R] of the first token
     pick,  # logits -> (ids [R], logprobs [R])
     max_new_tokens: int,
@@ -335,17 +315,16 @@ def decode(
             break
         if num_alive <= 0.75 * len(alive):
             keep = alive.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
+            cache.keep(keep)
             rows, ids, alive, positions = rows[keep], ids[keep], alive[keep], positions[:, keep]
-            visible = None if visible is None else visible[keep]
-        if visible is not None:
-            visible = F.pad(visible, (0, 1), value=True)
+        cache.advance()
         inputs = {
             "input_ids": ids[:, None],
             "position_ids": model_positions(positions[..., None]),
-            "attention_mask": None if visible is None else visible[:, None, None, :],
+            "attend": cache.attend,
+            "attention_mask": attention.NO_MASK,
         }
-        logits = step_forward(inputs, torch.arange(len(ids), device=ids.device), cache)
+        logits = step_forward(inputs, torch.arange(len(ids), device=ids.device))
         positions = positions + 1
     longest = int(lengths.max())
     return drawn[:, :longest], logprobs[:, :longest], lengths

@@ -407,7 +407,7 @@ def memory_estimate(model: nn.Module, world: World, config: RunConfig, *, refere
         "whole copy while drawing": width * total if world.mesh is not None else 0,
         "reference": width * total / shards if reference else 0,
         "activations of a row": config.row_tokens * text.num_hidden_layers * layer_width * width,
-        "logits of a chunk": 4 * 4 * CHUNK_LOGITS,
+        "logits of a chunk": 3 * 4 * CHUNK_LOGITS[world.device.type],
     }
     return {name: size / 1e9 for name, size in terms.items()}
 

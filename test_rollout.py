@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 import rollout
 import toy
+from attention import use_shared_prefix
 from rollout import completion_logprobs, pack_row, pick_tokens, plan_rows, sample_completions, truncated
 from vlm import banned_token_ids
 
@@ -18,9 +19,13 @@ def processor():
     return toy.build_processor()
 
 
-@pytest.fixture(scope="module")
-def model(processor):
-    return toy.build_model(processor.tokenizer, seed=3).double().eval()
+@pytest.fixture(scope="module", params=["dense mask", "in parts"])
+def model(processor, request):
+    """A bare Hugging Face model, scored by the dense mask, and one as load_model leaves it, scored in parts."""
+    model = toy.build_model(processor.tokenizer, seed=3).double().eval()
+    if request.param == "in parts":
+        use_shared_prefix(model)
+    return model
 
 
 def make_prompts(processor, image_counts=(1, 2, 0, 1)):
@@ -118,7 +123,7 @@ def test_positions_that_go_on_through_all_completions_fail_the_comparison(model,
     def not_restarted(*arguments):
         row = pack_row(*arguments)
         positions = row.inputs["position_ids"].clone()
-        end = row.spans[0][1]
+        end = row.layout.groups[0][1]
         positions[:, :, end:] = positions[:, :, end - 1 : end] + 1 + torch.arange(positions.shape[2] - end)
         row.inputs["position_ids"] = positions
         return row
@@ -130,9 +135,10 @@ def test_positions_that_go_on_through_all_completions_fail_the_comparison(model,
 
 
 def test_a_plain_causal_mask_fails_the_comparison(model, processor, monkeypatch):
-    monkeypatch.setattr(
-        rollout, "segment_mask", lambda group, part: torch.ones(1, 1, len(part), len(part)).bool().tril()
-    )
+    def causal(model, layout):
+        return {"attention_mask": torch.ones(1, 1, *[layout.groups[-1][-1]] * 2).bool().tril()}
+
+    monkeypatch.setattr(rollout, "row_attention", causal)
     prompts = make_prompts(processor, (1,))
     difference, gradient = compare(model, prompts, make_completions(model, 1))
     assert difference > 1e-3 and gradient > 1e-3
@@ -141,7 +147,7 @@ def test_a_plain_causal_mask_fails_the_comparison(model, processor, monkeypatch)
 def test_completions_that_start_at_the_prompts_length_fail_the_comparison(model, processor, monkeypatch):
     def by_length(*arguments):
         row = pack_row(*arguments)
-        start, end = row.spans[0]
+        start, end, _ = row.layout.groups[0]
         shift = (end - start) - (row.inputs["position_ids"][0, 0, start:end].max() + 1)
         assert shift > 0
         positions = row.inputs["position_ids"].clone()

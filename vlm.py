@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
+from attention import use_shared_prefix
 from data import BadSample, Sample, chat_messages, check_boxes, load_image, move_answer_boxes
 
 MAX_PIXELS = 1_003_520  # 1,280 image tokens at 28 x 28; the hub's configs say 12.8 million, 16,384 tokens an image
@@ -81,6 +82,7 @@ def load_model(
     """The model, on the CPU and in eval mode, and its processor with the pixel budget applied."""
     family = family_of(AutoConfig.from_pretrained(name_or_path).model_type)
     model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa")
+    use_shared_prefix(model)
     if freeze_vision:
         model.get_submodule(family.vision).requires_grad_(False)
     if gradient_checkpointing:
