@@ -46,7 +46,9 @@ class RunConfig:
     )
     shard_within_node: bool = HfArg(default=False, help="several nodes: shard within each, replicate across (HSDP)")
     prompts_per_step: int = HfArg(default=16, help="prompts per optimizer step, over all GPUs")
-    row_tokens: int = HfArg(default=8192, help="tokens of a packed row, the micro-batch: the knob for memory")
+    row_tokens: str = HfArg(
+        default="8192", help="tokens of a packed row, the micro-batch: the knob for memory; auto finds what fits"
+    )
     steps: int = HfArg(default=0, help="steps to train; 0 for --epochs")
     epochs: float = HfArg(default=1.0, help="passes over the data, where --steps is 0")
     optimizer: Literal["adamw", "muon"] = HfArg(
@@ -93,7 +95,6 @@ class RunConfig:
                 )
         for name in (
             "prompts_per_step",
-            "row_tokens",
             "max_completion_tokens",
             "eval_batch_size",
             "save_every",
@@ -104,6 +105,8 @@ class RunConfig:
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
+        if self.row_tokens != "auto" and not (self.row_tokens.isdigit() and int(self.row_tokens) > 0):
+            raise ValueError(f"row_tokens is {self.row_tokens!r}: a number of tokens above 0, or auto, is expected")
         for name in ("steps", "warmup_steps", "weight_decay", "held_out", "eval_every", "eval_limit", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")

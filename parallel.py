@@ -189,7 +189,14 @@ def gradient_scale(world: World) -> float:
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
-    """Scales all gradients down to max_norm together; returns the norm before."""
+    """Scales all gradients down to max_norm together; returns the norm before.
+
+    A parameter that no row reached (the vision tower in a step of texts) gets a gradient of zero: with none, AdamW
+    would leave it out, and what it learns would depend on which prompts share a row or a rank.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 

@@ -3,17 +3,21 @@
 Nothing here knows rewards or losses.
 """
 
+import copy
 import json
 import math
+import os
 import random
 import resource
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import transformers
@@ -28,6 +32,9 @@ from parallel import World, all_gather, all_sum, load_training_state, save_check
 from rollout import plan_rows
 from vlm import Prompt, build_prompt, load_model, trainable
 
+ACTIVATIONS = "activations of a row"
+MIN_ROW_TOKENS, MAX_ROW_TOKENS = 256, 65_536  # between which --row_tokens auto looks
+Result = TypeVar("Result")
 MAX_BAD_SHARE = 0.01  # of the samples used; more than that is a broken data set, not a broken file
 
 
@@ -147,7 +154,10 @@ def split_held_out(samples: list[Sample], held_out: int, seed: int) -> tuple[lis
 
 
 class PromptFeed:
-    """The prompts of each step, this rank's share; samples that turn out broken are set aside, named and replaced."""
+    """The prompts of each step, this rank's share, prepared in a thread one step ahead.
+
+    Samples that turn out broken are set aside, named and replaced by the next.
+    """
 
     def __init__(
         self,
@@ -156,20 +166,31 @@ class PromptFeed:
         config: RunConfig,
         world: World,
         log: Path,
+        steps: int,  # of the run; nothing is prepared beyond
     ):
-        self.samples, self.processor, self.config, self.world = samples, processor, config, world
-        self.log = log
+        self.samples, self.config, self.world, self.log, self.steps = samples, config, world, log, steps
+        self.processor = copy.deepcopy(processor)  # a tokenizer in use by two threads at once may raise
         self.broken: dict[int, str] = {}  # sample -> reason
         self.used = 0
+        self.num_broken = 0  # of the steps taken, without what the thread has found ahead of them
+        self.thread = ThreadPoolExecutor(1)
+        self.ahead: tuple[int, Future] | None = None
 
     def figures(self) -> dict[str, float]:
         """How many samples were set aside on all ranks so far."""
-        return all_sum({"bad_samples": float(len(self.broken))}, self.world)
+        return all_sum({"bad_samples": float(self.num_broken)}, self.world)
 
     def take(self, step: int) -> list[Prompt]:
-        """The prompts of a step, every world.size-th from this rank on."""
+        """The prompts of a step, every world.size-th from this rank on; those of the next are begun."""
+        if self.ahead is None or self.ahead[0] != step:
+            self.ahead = step, self.thread.submit(self._prepare, step)
+        prompts, self.num_broken = self.ahead[1].result()
+        self.ahead = (step + 1, self.thread.submit(self._prepare, step + 1)) if step + 1 < self.steps else None
+        return prompts
+
+    def _prepare(self, step: int) -> tuple[list[Prompt], int]:
         indices = step_indices(len(self.samples), self.config.prompts_per_step, step, self.config.seed)
-        return [self._build(index) for index in indices[self.world.rank :: self.world.size]]
+        return [self._build(index) for index in indices[self.world.rank :: self.world.size]], len(self.broken)
 
     def _build(self, index: int) -> Prompt:
         """The prompt of that sample, or of the next one that is not broken."""
@@ -210,6 +231,47 @@ def load_run_samples(
         return samples, dict(zip(names, eval_sets, strict=True))
     samples, held_out = split_held_out(samples, config.held_out, config.seed)
     return samples, {"held_out": held_out} if held_out else {}
+
+
+class RowBudget:
+    """Tokens of a packed row: as given, or halved whenever memory runs out."""
+
+    def __init__(self, tokens: int, *, may_shrink: bool):
+        self.tokens, self.may_shrink = tokens, may_shrink
+
+    def attempt(self, work: Callable[[int], Result]) -> Result:
+        """work(tokens), done anew with half of them as often as it runs out of memory; it must start from nothing."""
+        while True:
+            try:
+                return work(self.tokens)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).split(". ")[0]
+            # Out of the `except`: until here the error holds the frames that hold the memory.
+            if not self.may_shrink or self.tokens < 2 * MIN_ROW_TOKENS:
+                raise ValueError(
+                    f"out of memory in a row of {self.tokens} tokens ({reason}): lower --row_tokens, --max_pixels or "
+                    "--max_completion_tokens, or add --gradient_checkpointing"
+                )
+            self.tokens //= 2
+            tqdm.write(f"out of memory: the pass is repeated with --row_tokens {self.tokens}, from here on ({reason})")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def row_budget(config: RunConfig, model: nn.Module, world: World, *, reference: bool) -> RowBudget:
+    """--row_tokens; for auto what the estimate leaves room for, the same on every rank.
+
+    One process then halves it where the estimate was too high. Several cannot: the one that runs out has left the
+    others waiting in a collective, so the run ends with the error, and they start at half of the estimate.
+    """
+    if config.row_tokens != "auto":
+        return RowBudget(int(config.row_tokens), may_shrink=False)
+    memory = memory_estimate(model, world, config, reference=reference, row_tokens=1)
+    per_token = memory.pop(ACTIVATIONS)
+    room = 0.9 * device_memory_gb(world.device) - sum(memory.values())
+    tokens = int(room / per_token / (1 if world.size == 1 else 2))
+    tokens = -int(all_sum({"tokens": -float(tokens)}, world, largest=True)["tokens"])  # the least of all ranks
+    return RowBudget(min(max(tokens, MIN_ROW_TOKENS), MAX_ROW_TOKENS), may_shrink=world.size == 1)
 
 
 def micro_batches(
@@ -392,7 +454,16 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes on Linux
 
 
-def memory_estimate(model: nn.Module, world: World, config: RunConfig, *, reference: bool) -> dict[str, float]:
+def device_memory_gb(device: torch.device) -> float:
+    """Memory of the GPU, or of the machine where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def memory_estimate(
+    model: nn.Module, world: World, config: RunConfig, *, reference: bool, row_tokens: int
+) -> dict[str, float]:
     """GB per GPU of what a step holds, by arithmetic; activations are the roughest of the terms."""
     text = model.config.get_text_config()
     total = sum(p.numel() for p in model.parameters())
@@ -406,7 +477,7 @@ def memory_estimate(model: nn.Module, world: World, config: RunConfig, *, refere
         "masters, gradients, moments": (4 * total + 12 * trained) / shards,
         "whole copy while drawing": width * total if world.mesh is not None else 0,
         "reference": width * total / shards if reference else 0,
-        "activations of a row": config.row_tokens * text.num_hidden_layers * layer_width * width,
+        ACTIVATIONS: row_tokens * text.num_hidden_layers * layer_width * width,
         "logits of a chunk": 3 * 4 * CHUNK_LOGITS[world.device.type],
     }
     return {name: size / 1e9 for name, size in terms.items()}
@@ -427,7 +498,8 @@ def describe_run(
     chosen = samples[:: max(1, len(samples) // 64)]
     prompts = [build_prompt(processor, sample, template=config.template) for sample in chosen]
     lengths = sorted(prompt["input_ids"].shape[1] for prompt in prompts)
-    memory = memory_estimate(model, world, config, reference=reference)
+    row_tokens = row_budget(config, model, world, reference=reference).tokens
+    memory = memory_estimate(model, world, config, reference=reference, row_tokens=row_tokens)
     per_step = config.prompts_per_step
     trained, total = sum(p.numel() for _, p in trainable(model)), sum(p.numel() for p in model.parameters())
     lines = [
@@ -436,7 +508,7 @@ def describe_run(
         f"prompt tokens, images included, of {len(lengths)} samples: median {lengths[len(lengths) // 2]:,}, "
         f"longest {lengths[-1]:,}",
         f"{trained:,} of {total:,} parameters trained, {world.size} process(es)",
-        f"estimated memory per process: {sum(memory.values()):.2f} GB",
+        f"estimated memory per process with rows of {row_tokens:,} tokens: {sum(memory.values()):.2f} GB",
         *(f"{size:10.2f} GB  {name}" for name, size in memory.items()),
     ]
     return "\n".join(lines)

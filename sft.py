@@ -24,6 +24,7 @@ from rollout import completion_logprobs
 from run import (
     CheckpointKeeper,
     PromptFeed,
+    RowBudget,
     RunLog,
     StopSignal,
     describe_run,
@@ -34,6 +35,7 @@ from run import (
     micro_batches,
     open_run,
     peak_memory_gb,
+    row_budget,
     set_learning_rate,
     timed,
     total_steps,
@@ -74,6 +76,7 @@ def train_step(
     optimizers: list,
     prompts: list[Prompt],
     blank: Prompt,
+    budget: RowBudget,
     config: Config,
     world: World,
 ) -> dict[str, float]:
@@ -81,15 +84,20 @@ def train_step(
     answers = [response_ids(processor, prompt, config.response) for prompt in prompts]
     num_tokens = all_sum({"tokens": float(sum(map(len, answers)))}, world)["tokens"]
     banned = banned_token_ids(policy, processor)
-    total = 0.0
     policy.train()
-    for row_prompts, completions, _ in micro_batches(
-        prompts, [[ids] for ids in answers], config.row_tokens, world, blank
-    ):
-        logprobs = completion_logprobs(policy, row_prompts, completions, banned_ids=banned)
-        loss = -sum(values.sum() for values in logprobs) / num_tokens
-        (loss * gradient_scale(world)).backward()
-        total += float(loss.detach())
+
+    def attempt(row_tokens: int) -> float:
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
+        total = 0.0
+        for row_prompts, completions, _ in micro_batches(prompts, [[ids] for ids in answers], row_tokens, world, blank):
+            logprobs = completion_logprobs(policy, row_prompts, completions, banned_ids=banned)
+            loss = -sum(values.sum() for values in logprobs) / num_tokens
+            (loss * gradient_scale(world)).backward()
+            total += float(loss.detach())
+        return total
+
+    total = budget.attempt(attempt)
     norm = clip_gradients([parameter for _, parameter in trainable(policy)], config.max_grad_norm)
     skipped = float(not apply_gradients(optimizers, norm))
     return {
@@ -113,9 +121,10 @@ def main(config: Config) -> None:
             return
         optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
         out = open_run(config, world)
-        feed = PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl")
+        feed = PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl", steps)
         keeper = CheckpointKeeper(out, policy, optimizers, config, world)
         start = keeper.resume() if config.resume else 0
+        budget = row_budget(config, policy, world, reference=False)
         log, stop = RunLog(out, config, world, start), StopSignal()
         if start == 0 and config.eval_every:
             keeper.best = evaluate_sets(policy, processor, eval_sets, 0, config, world, log, reward=config.reward)
@@ -126,9 +135,15 @@ def main(config: Config) -> None:
                 optimizers, learning_rate_factor(step, steps, config.warmup_steps, config.schedule)
             )
             with timed("learn", world) as seconds:
-                figures = train_step(policy, processor, optimizers, feed.take(step), blank, config, world)
+                figures = train_step(policy, processor, optimizers, feed.take(step), blank, budget, config, world)
             done = step + 1
-            figures |= {**seconds, "learning_rate": rate, "memory_gb": peak_memory_gb(world.device), **feed.figures()}
+            figures |= {
+                **seconds,
+                "learning_rate": rate,
+                "row_tokens": budget.tokens,
+                "memory_gb": peak_memory_gb(world.device),
+                **feed.figures(),
+            }
             log.metrics(done, figures)
             bar.set_postfix(loss=f"{figures['loss']:.3f}", grad_norm=f"{figures['grad_norm']:.3f}")
             score, last = None, done == steps or stop.agreed(world)

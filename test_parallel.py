@@ -31,9 +31,9 @@ from parallel import (
     shard_model,
 )
 from rollout import completion_logprobs, sample_completions
-from run import make_optimizers
+from run import RowBudget, make_optimizers
 from test_rollout import make_completions, make_prompts
-from train import Rollout, learn, make_rows, score_row
+from train import Rollout, learn, make_rows, score_rollout
 from vlm import Prompt, blank_prompt, trainable
 
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -86,30 +86,24 @@ def make_rollout(model, processor, world):
 
 def step_gradients(model, reference, processor, world, row_tokens, **changes):
     """Gradients and figures of one step as train.learn computes them."""
-    config = replace(CONFIG, row_tokens=row_tokens, **changes)
-    rollout = make_rollout(model, processor, world)
-    rows = make_rows(rollout, config, world, blank_prompt(processor))
-    with torch.no_grad():
-        ref = [score_row(reference, row, config, [])[0] for row in rows] if reference is not None else None
+    config = replace(CONFIG, **changes)
+    rollout, blank, budget = make_rollout(model, processor, world), blank_prompt(processor), fixed(row_tokens)
+    rows = make_rows(rollout, config, world, blank, row_tokens)
+    ref = score_rollout(reference, rollout, rows, config, []) if reference is not None else None
     recorder = Recorder(model)
-    figures = learn(model, [recorder], rollout, rows, ref, config, world, [])
+    figures = learn(model, [recorder], rollout, ref, config, world, blank, [], budget)
     return recorder.gradients, figures, len(rows)
+
+
+def fixed(row_tokens=4096):
+    return RowBudget(row_tokens, may_shrink=False)
 
 
 def adamw_steps(model, processor, optimizer, world, count):
     config = replace(CONFIG, beta=0.0)
     for _ in range(count):
         rollout = make_rollout(model, processor, world)
-        learn(
-            model,
-            [optimizer],
-            rollout,
-            make_rows(rollout, config, world, blank_prompt(processor)),
-            None,
-            config,
-            world,
-            [],
-        )
+        learn(model, [optimizer], rollout, None, config, world, blank_prompt(processor), [], fixed())
 
 
 def full(tensor):

@@ -2,14 +2,16 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import toy
 import train
+from data import read_samples, step_indices
 from parallel import World
-from run import _drop_after, learning_rate_factor
+from run import PromptFeed, _drop_after, learning_rate_factor, memory_estimate, row_budget
 from test_parallel import ALONE, CONFIG, make_model, make_rollout
 from test_train import run
 from train import make_rows
@@ -100,8 +102,54 @@ def test_a_rank_with_less_to_do_adds_rows_of_a_blank_prompt(monkeypatch):
     model, processor = make_model()
     rollout = make_rollout(model, processor, ALONE)
     monkeypatch.setattr("run.all_sum", lambda values, world, largest: {"rows": 3.0})  # another rank has three
-    rows = make_rows(
-        rollout, replace(CONFIG, row_tokens=4096), World(0, 2, torch.device("cpu"), None), blank_prompt(processor)
-    )
+    rows = make_rows(rollout, CONFIG, World(0, 2, torch.device("cpu"), None), blank_prompt(processor), 4096)
     assert len(rows) == 3 and [len(row.members) for row in rows] == [12, 0, 0]
     assert all(any("pixel_values" in prompt for prompt in row.prompts) for row in rows)
+
+
+def test_row_tokens_auto_fill_what_memory_leaves_and_start_lower_where_nothing_can_be_repeated(monkeypatch):
+    model, _ = make_model()
+    config = replace(CONFIG, row_tokens="auto")
+    sizes = {}
+    for gigabytes in (0.001, 1.0, 2.0, 10_000):
+        monkeypatch.setattr("run.device_memory_gb", lambda device, g=gigabytes: g)
+        sizes[gigabytes] = row_budget(config, model, ALONE, reference=False).tokens
+    assert sizes[0.001] == 256 and 256 < sizes[1.0] < sizes[2.0] < sizes[10_000] == 65_536
+    estimate = memory_estimate(model, ALONE, config, reference=False, row_tokens=sizes[1.0])
+    assert 0.85 < sum(estimate.values()) <= 0.9
+    monkeypatch.setattr("run.device_memory_gb", lambda device: 1.0)
+    monkeypatch.setattr("run.all_sum", lambda values, world, largest: values)
+    two = row_budget(config, model, World(0, 2, torch.device("cpu"), None), reference=False)
+    assert abs(two.tokens - sizes[1.0] / 2) <= 1 and not two.may_shrink
+
+
+def test_prompts_are_prepared_one_step_ahead_and_none_beyond_the_last(checkpoint, tmp_path):
+    toy.write_split(tmp_path, "train", 12, seed=3)
+    samples = read_samples(tmp_path / "train.jsonl", tmp_path, has_boxes=True)
+    processor, config = toy.build_processor(), replace(CONFIG, template="plain", min_pixels=256)
+    built = []
+    feed = PromptFeed(samples, processor, config, ALONE, tmp_path / "bad.jsonl", steps=2)
+    feed._build = lambda index, real=feed._build: built.append(index) or real(index)
+    for step in (0, 1):
+        expected = step_indices(len(samples), config.prompts_per_step, step, config.seed)
+        assert [prompt.sample for prompt in feed.take(step)] == [samples[index] for index in expected]
+    feed.thread.shutdown()
+    assert len(built) == 2 * config.prompts_per_step
+    ahead = PromptFeed(samples, processor, config, ALONE, tmp_path / "bad.jsonl", steps=9)
+    ahead.take(3)
+    ahead.thread.shutdown()
+    assert ahead.ahead[0] == 4 and len(ahead.ahead[1].result()[0]) == config.prompts_per_step
+
+
+def test_a_sample_found_broken_ahead_of_its_step_is_counted_in_its_step(tmp_path):
+    toy.write_split(tmp_path, "train", 12, seed=3)
+    samples = read_samples(tmp_path / "train.jsonl", tmp_path, has_boxes=True)
+    config = replace(CONFIG, template="plain", min_pixels=256)
+    broken = step_indices(12, config.prompts_per_step, 1, config.seed)[0]
+    Path(samples[broken].images[0]).write_bytes(b"no image")
+    feed = PromptFeed(samples, toy.build_processor(), config, ALONE, tmp_path / "bad.jsonl", steps=9)
+    feed.take(0)
+    feed.ahead[1].result()
+    assert feed.figures() == {"bad_samples": 0.0}
+    feed.take(1)
+    assert feed.figures() == {"bad_samples": 1.0}

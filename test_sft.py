@@ -10,7 +10,7 @@ import toy
 from data import Sample
 from options import parse_options
 from sft import Config, main, response_ids, train_step
-from test_parallel import ALONE, Recorder
+from test_parallel import ALONE, Recorder, fixed
 from vlm import Prompt, blank_prompt, build_prompt, load_model
 
 
@@ -56,7 +56,9 @@ def test_the_loss_is_that_of_plain_hugging_face_on_the_answers_alone(checkpoint,
     samples = read_samples(scenes / "train.jsonl", scenes)[:3]
     prompts = [build_prompt(processor, sample, template="plain") for sample in samples]
     recorder = Recorder(model)
-    figures = train_step(model, processor, [recorder], prompts, blank_prompt(processor), config, ALONE)
+    figures = train_step(
+        model, processor, [recorder], prompts, blank_prompt(processor), fixed(row_tokens), config, ALONE
+    )
 
     model.zero_grad()
     losses = []

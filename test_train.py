@@ -12,13 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
+import run as run_module
 import toy
 import train
 from data import Sample
 from grpo import grpo_loss
 from options import parse_options
 from rollout import stack_groups
-from test_parallel import ALONE, CONFIG, Recorder, make_model, make_rollout
+from run import RowBudget
+from test_parallel import ALONE, CONFIG, Recorder, fixed, make_model, make_rollout
 from test_rollout import repeated_logprobs
 from train import Config, blank_prompt, causes_for_concern, learn, main, make_rows, roll_out, score_texts
 from vlm import Prompt
@@ -75,12 +77,10 @@ def test_a_reward_of_ones_own_is_loaded_from_a_file(tmp_path):
 @pytest.mark.parametrize("row_tokens", [60, 4096])
 def test_a_step_has_the_gradient_of_the_loss_over_all_its_completions_at_once(row_tokens):
     model, processor = make_model()
-    config = replace(CONFIG, beta=0.0, row_tokens=row_tokens)
+    config = replace(CONFIG, beta=0.0)
     rollout = make_rollout(model, processor, ALONE)
     recorder = Recorder(model)
-    learn(
-        model, [recorder], rollout, make_rows(rollout, config, ALONE, blank_prompt(processor)), None, config, ALONE, []
-    )
+    learn(model, [recorder], rollout, None, config, ALONE, blank_prompt(processor), [], fixed(row_tokens))
 
     logprobs = stack_groups(repeated_logprobs(model, rollout.prompts, rollout.completions))  # the naive way
     lengths = torch.tensor([len(ids) for group in rollout.completions for ids in group])
@@ -105,10 +105,110 @@ def test_later_passes_measure_their_ratio_from_the_weights_that_drew(monkeypatch
     model, processor = make_model()
     config = replace(CONFIG, beta=0.0, num_iterations=2)
     rollout = make_rollout(model, processor, ALONE)
-    rows = make_rows(rollout, config, ALONE, blank_prompt(processor))
-    learn(model, [torch.optim.SGD(model.parameters(), lr=0.1)], rollout, rows, None, config, ALONE, [])
+    learn(
+        model,
+        [torch.optim.SGD(model.parameters(), lr=0.1)],
+        rollout,
+        None,
+        config,
+        ALONE,
+        blank_prompt(processor),
+        [],
+        fixed(),
+    )
     (first, first_old), (second, second_old) = calls
     assert first_old.equal(first) and second_old.equal(first) and not second.equal(first)
+
+
+def equal_rewards(rollout, groups):
+    """The rollout as if all completions of these groups had earned the same."""
+    advantages = rollout.advantages.clone().view(-1, CONFIG.group_size)
+    advantages[groups] = 0.0
+    return replace(rollout, advantages=advantages.flatten())
+
+
+def gradients_of(model, processor, rollout, budget=None, **changes):
+    recorder = Recorder(model)
+    config = replace(CONFIG, **{"beta": 0.0, **changes})
+    figures = learn(model, [recorder], rollout, None, config, ALONE, blank_prompt(processor), [], budget or fixed())
+    return recorder.gradients, figures
+
+
+@pytest.mark.parametrize("variant", ["grpo", "dapo", "dr_grpo", "gspo"])
+def test_groups_of_equal_rewards_are_left_out_and_the_gradient_is_the_same(variant, monkeypatch):
+    model, processor = make_model()
+    rollout = equal_rewards(make_rollout(model, processor, ALONE), [0, 2])
+    rows = make_rows(rollout, replace(CONFIG, beta=0.0), ALONE, blank_prompt(processor), 4096)
+    assert [len(row.members) for row in rows] == [6] and rows[0].members.tolist() == [3, 4, 5, 9, 10, 11]
+    short, figures = gradients_of(model, processor, rollout, variant=variant)
+    with_all = replace(CONFIG, beta=1.0)  # a penalty needs every group
+    monkeypatch.setattr(train, "make_rows", lambda r, config, *rest: make_rows(r, with_all, *rest))
+    complete, expected = gradients_of(model, processor, rollout, variant=variant)
+    largest = max(gradient.abs().max() for gradient in complete.values())
+    assert all((short[name] - complete[name]).abs().max() < 1e-6 * largest for name in complete)
+    assert figures["loss"] == pytest.approx(expected["loss"], abs=1e-6) and figures["entropy"] > 0
+
+
+def test_a_step_that_teaches_nothing_runs_nothing_and_has_a_gradient_of_zero(monkeypatch):
+    model, processor = make_model()
+    rollout = equal_rewards(make_rollout(model, processor, ALONE), slice(None))
+    monkeypatch.setattr(train, "score_row", None)
+    gradients, figures = gradients_of(model, processor, rollout)
+    assert set(gradients) == {name for name, _ in model.named_parameters()}
+    assert all((gradient == 0).all() for gradient in gradients.values())  # zero, not none: moments decay as they would
+    assert figures["loss"] == figures["entropy"] == figures["grad_norm"] == 0
+
+
+def out_of_memory_above(tokens, monkeypatch, fail_in_backward=False):
+    """Makes rows of more tokens fail as a full GPU does, in the forward pass or after it; returns the rows' sizes."""
+    sizes, real = [], train.score_row
+
+    def score(model, row, *rest):
+        sizes.append(sum(len(ids) for group in row.completions for ids in group))
+        sizes[-1] += sum(prompt["input_ids"].shape[1] for prompt in row.prompts)
+        logprobs, entropies = real(model, row, *rest)
+        if sizes[-1] > tokens:
+            if not fail_in_backward:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More.")
+            logprobs.register_hook(fail)
+        return logprobs, entropies
+
+    def fail(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More.")
+
+    monkeypatch.setattr(train, "score_row", score)
+    return sizes
+
+
+@pytest.mark.parametrize("fail_in_backward", [False, True])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_pass_that_runs_out_of_memory_is_repeated_with_half_the_tokens(monkeypatch, fail_in_backward, passes, capfd):
+    model, processor = make_model()
+    rollout = make_rollout(model, processor, ALONE)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    results = []
+    monkeypatch.setattr(run_module, "MIN_ROW_TOKENS", 16)
+    for tokens in (None, 100):
+        model.load_state_dict(weights)
+        budget = RowBudget(2048, may_shrink=True)
+        sizes = out_of_memory_above(tokens, monkeypatch, fail_in_backward) if tokens else []
+        config, optimizer = replace(CONFIG, beta=0.0, num_iterations=passes), torch.optim.SGD(model.parameters(), 0.1)
+        figures = learn(model, [optimizer], rollout, None, config, ALONE, blank_prompt(processor), [], budget)
+        results.append(({name: value.clone() for name, value in model.state_dict().items()}, figures))
+    assert budget.tokens == 64 and max(sizes) > 100 >= sizes[-1]
+    assert "--row_tokens 64, from here on (CUDA out of memory)" in capfd.readouterr().out
+    for name, value in results[0][0].items():
+        torch.testing.assert_close(results[1][0][name], value, rtol=0, atol=1e-6)
+    assert results[1][1] == pytest.approx(results[0][1], abs=1e-5)
+
+
+def test_out_of_memory_with_a_fixed_budget_or_in_the_smallest_row_names_the_remedies(monkeypatch):
+    model, processor = make_model()
+    rollout = make_rollout(model, processor, ALONE)
+    out_of_memory_above(0, monkeypatch)
+    for budget in (fixed(4096), RowBudget(4096, may_shrink=True)):
+        with pytest.raises(ValueError, match=r"out of memory in a row of \d+ tokens .*lower --row_tokens"):
+            gradients_of(model, processor, rollout, budget)
 
 
 def test_the_gap_between_drawing_and_training_is_rounding_alone():
@@ -119,8 +219,8 @@ def test_the_gap_between_drawing_and_training_is_rounding_alone():
     rollout = roll_out(
         model, processor, prompts, config, generator=torch.Generator().manual_seed(0), eos_ids=[2], banned_ids=[]
     )
-    rows = make_rows(rollout, config, ALONE, blank_prompt(processor))
-    figures = learn(model, [Recorder(model)], rollout, rows, None, config, ALONE, [])
+    rollout = replace(rollout, advantages=torch.ones_like(rollout.advantages))  # as if the rewards differed
+    figures = learn(model, [Recorder(model)], rollout, None, config, ALONE, blank_prompt(processor), [], fixed())
     assert 0 < figures["draw_gap_max"] < 1e-4 and figures["draw_gap"] <= figures["draw_gap_max"]
 
 
@@ -146,8 +246,17 @@ def test_a_gradient_that_is_not_finite_is_counted_and_changes_no_weight():
     rollout = replace(rollout, advantages=torch.full_like(rollout.advantages, torch.inf))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = replace(CONFIG, beta=0.0)
-    rows = make_rows(rollout, config, ALONE, blank_prompt(processor))
-    figures = learn(model, [torch.optim.SGD(model.parameters(), lr=0.1)], rollout, rows, None, config, ALONE, [])
+    figures = learn(
+        model,
+        [torch.optim.SGD(model.parameters(), lr=0.1)],
+        rollout,
+        None,
+        config,
+        ALONE,
+        blank_prompt(processor),
+        [],
+        fixed(),
+    )
     assert figures["skipped_updates"] == 1
     assert all(p.equal(before[name]) and p.grad is None for name, p in model.named_parameters())
 

@@ -49,7 +49,7 @@ _HELD_OUT = [
 ]  # the first picks the best checkpoint
 _SHARED = {"template": "plain", "max_completion_tokens": 24, "min_pixels": 16 * 16, "max_pixels": 256 * 256}
 _TRAINING = {**_SHARED, "data": [str(DATA / "train.jsonl")], "image_root": [str(DATA)], "eval_data": _HELD_OUT,
-             "eval_image_root": [str(DATA)], "row_tokens": 400, "eval_batch_size": 64}  # fmt: skip
+             "eval_image_root": [str(DATA)], "row_tokens": "400", "eval_batch_size": 64}  # fmt: skip
 PRESETS = {
     "train": {**_TRAINING, "steps": 300, "learning_rate": 3e-4, "beta": 0.0, "eval_every": 100},
     "sft": {**_TRAINING, "steps": 300, "learning_rate": 3e-4, "response": RESPONSE},

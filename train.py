@@ -44,6 +44,7 @@ from rollout import completion_logprobs, sample_completions, stack_groups
 from run import (
     CheckpointKeeper,
     PromptFeed,
+    RowBudget,
     RunLog,
     StopSignal,
     describe_run,
@@ -55,12 +56,14 @@ from run import (
     micro_batches,
     open_run,
     peak_memory_gb,
+    row_budget,
     set_learning_rate,
     timed,
     total_steps,
 )
 from vlm import Prompt, banned_token_ids, blank_prompt, eos_token_ids, trainable
 
+FIRST_PASS_FIGURES = ("draw_gap", "draw_gap_max", "entropy")
 WARN_EVERY = 25  # steps over which a warning looks back, and before which it is not repeated
 
 
@@ -194,13 +197,15 @@ def roll_out(
     return Rollout(prompts, completions, padded, texts, rewards, totals, advantages)
 
 
-def make_rows(rollout: Rollout, config: Config, world: World, blank: Prompt) -> list[Row]:
-    """The rollout cut into packed rows."""
+def make_rows(rollout: Rollout, config: Config, world: World, blank: Prompt, row_tokens: int) -> list[Row]:
+    """The rollout cut into packed rows; a group that teaches nothing (equal rewards and no KL penalty) is left out."""
+    groups = rollout.advantages.view(-1, config.group_size)
+    taught = [n for n, teaches in enumerate((groups != 0).any(1).tolist()) if teaches or config.beta > 0]
     rows = []
     for prompts, completions, places in micro_batches(
-        rollout.prompts, rollout.completions, config.row_tokens, world, blank
+        [rollout.prompts[n] for n in taught], [rollout.completions[n] for n in taught], row_tokens, world, blank
     ):
-        members = [number * config.group_size + index for number, index in places]
+        members = [taught[number] * config.group_size + index for number, index in places]
         sizes = torch.tensor([len(ids) for group in completions for ids in group], device=world.device)
         mask = torch.arange(int(sizes.max()) if len(sizes) else 0, device=world.device) < sizes[:, None]
         rows.append(Row(prompts, completions, torch.tensor(members, dtype=torch.long, device=world.device), mask))
@@ -220,21 +225,64 @@ def score_row(model: nn.Module, row: Row, config: Config, banned_ids: list[int])
     return stack_groups(logprobs), stack_groups(entropies)
 
 
+@torch.no_grad()
+def score_rollout(model: nn.Module, rollout: Rollout, rows: list[Row], config: Config, banned_ids: list[int]) -> Tensor:
+    """Log-probs [N, C] of all that was drawn, under the reference."""
+    logprobs = torch.zeros_like(rollout.draw_logprobs)
+    for row in rows:
+        logprobs[row.members, : row.mask.shape[1]] = score_row(model, row, config, banned_ids)[0]
+    return logprobs
+
+
 def learn(
     policy: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     rollout: Rollout,
-    rows: list[Row],
-    ref: list[Tensor] | None,  # per row, [n, C] log-probs under the reference
+    ref: Tensor | None,  # [N, C] log-probs under the reference; None when beta is 0
     config: Config,
     world: World,
+    blank: Prompt,
     banned_ids: list[int],
+    budget: RowBudget,
 ) -> dict[str, float]:
-    """num_iterations passes of the loss over the rows, an optimizer step each; their figures, summed over ranks.
+    """num_iterations passes of the loss over the rollout, an optimizer step each; their figures, summed over ranks.
 
     The first pass runs on the weights that drew, so its log-probs are the old ones of all passes: no extra forward.
     """
-    num_tokens = all_sum({"tokens": float(sum(row.mask.sum() for row in rows))}, world)["tokens"]
+    drawn = sum(len(ids) for group in rollout.completions for ids in group)
+    num_tokens = all_sum({"tokens": float(drawn)}, world)["tokens"]
+    old, sums = None, defaultdict(float)
+    policy.train()
+    for _ in range(config.num_iterations):
+
+        def attempt(row_tokens: int, old=old) -> tuple[Tensor, dict]:
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
+            rows = make_rows(rollout, config, world, blank, row_tokens)
+            return learn_pass(policy, rollout, rows, old, ref, config, world, banned_ids, num_tokens)
+
+        logprobs, figures = budget.attempt(attempt)
+        old = logprobs if old is None else old
+        for name, value in figures.items():
+            sums[name] += value / (1 if name in FIRST_PASS_FIGURES else config.num_iterations)
+        norm = clip_gradients([parameter for _, parameter in trainable(policy)], config.max_grad_norm)
+        sums["skipped_updates"] += float(not apply_gradients(optimizers, norm)) / world.size
+    largest = all_sum({"draw_gap_max": float(sums.pop("draw_gap_max"))}, world, largest=True)
+    return {**all_sum({name: float(value) for name, value in sums.items()}, world), **largest, "grad_norm": norm}
+
+
+def learn_pass(
+    policy: nn.Module,
+    rollout: Rollout,
+    rows: list[Row],
+    old: Tensor | None,  # [N, C] log-probs of the first pass; None if this is it
+    ref: Tensor | None,
+    config: Config,
+    world: World,
+    banned_ids: list[int],
+    num_tokens: float,  # of all completions of the step, on all ranks
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Adds the loss's gradient to the policy's, row by row; returns the log-probs [N, C] and this rank's figures."""
     options = {
         "clip_low": config.clip_low,
         "clip_high": config.clip_high,
@@ -244,26 +292,26 @@ def learn(
         "num_completions": config.prompts_per_step * config.group_size,
         "num_tokens": num_tokens,
     }
-    old, sums, gap_max = [], defaultdict(float), torch.zeros((), device=world.device)
-    policy.train()
-    for iteration in range(config.num_iterations):
-        for number, row in enumerate(rows):
-            logprobs, entropies = score_row(policy, row, config, banned_ids)
-            if iteration == 0:
-                old.append(logprobs.detach())
-                gap = (rollout.draw_logprobs[row.members, : row.mask.shape[1]] - old[number]).abs() * row.mask
-                gap_max = torch.cat([gap.flatten(), gap_max.view(1)]).amax()  # a blank row has no gap at all
-                sums["draw_gap"] += gap.sum() / num_tokens
-                sums["entropy"] += (entropies.detach() * row.mask).sum() / num_tokens
-            advantages, ref_logprobs = rollout.advantages[row.members], ref[number] if ref else None
-            loss, figures = grpo_loss(logprobs, old[number], ref_logprobs, advantages, row.mask, **options)
-            (loss * gradient_scale(world)).backward()
-            for name, value in {"loss": loss.detach(), **figures}.items():
-                sums[name] += value / config.num_iterations  # tensors: a float here would wait for the device
-        norm = clip_gradients([parameter for _, parameter in trainable(policy)], config.max_grad_norm)
-        sums["skipped_updates"] += float(not apply_gradients(optimizers, norm)) / world.size
-    largest = all_sum({"draw_gap_max": float(gap_max)}, world, largest=True)
-    return {**all_sum({name: float(value) for name, value in sums.items()}, world), **largest, "grad_norm": norm}
+    seen = torch.zeros_like(rollout.draw_logprobs)
+    num_scored = all_sum({"tokens": float(sum(row.mask.sum() for row in rows))}, world)["tokens"] or 1.0
+    gap_max = torch.zeros((), device=world.device)
+    sums = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "draw_gap", "entropy"), gap_max)
+    for row in rows:
+        place = (row.members, slice(row.mask.shape[1]))
+        logprobs, entropies = score_row(policy, row, config, banned_ids)
+        seen[place] = logprobs.detach()
+        row_old = logprobs.detach() if old is None else old[place]
+        row_ref = None if ref is None else ref[place]
+        loss, figures = grpo_loss(logprobs, row_old, row_ref, rollout.advantages[row.members], row.mask, **options)
+        (loss * gradient_scale(world)).backward()
+        for name, value in {"loss": loss.detach(), **figures}.items():
+            sums[name] = sums[name] + value  # tensors: a float here would wait for the device
+        if old is None:
+            gap = (rollout.draw_logprobs[place] - row_old).abs() * row.mask
+            gap_max = torch.cat([gap.flatten(), gap_max.view(1)]).amax()  # a blank row has no gap at all
+            sums["draw_gap"] = sums["draw_gap"] + gap.sum() / num_scored
+            sums["entropy"] = sums["entropy"] + (entropies.detach() * row.mask).sum() / num_scored
+    return seen, {**sums, "draw_gap_max": gap_max}
 
 
 def rollout_figures(rollout: Rollout, config: Config, world: World, eos_ids: list[int]) -> dict[str, float]:
@@ -320,6 +368,7 @@ def train_step(
     optimizers: list,
     feed: PromptFeed,
     blank: Prompt,
+    budget: RowBudget,
     config: Config,
     world: World,
     ids: dict[str, list[int]],  # eos_ids and banned_ids
@@ -331,17 +380,27 @@ def train_step(
     prompts = feed.take(step)
     with timed("draw", world) as draw:
         rollout = roll_out(policy, processor, prompts, config, generator=generator, **ids)
+    banned = ids["banned_ids"]
     with timed("score", world) as score:
-        rows = make_rows(rollout, config, world, blank)
-        with torch.no_grad():
-            ref = [score_row(reference, row, config, ids["banned_ids"])[0] for row in rows] if reference else None
+        ref = reference and budget.attempt(
+            lambda tokens: score_rollout(
+                reference, rollout, make_rows(rollout, config, world, blank, tokens), config, banned
+            )
+        )
     with timed("learn", world) as learning:
-        figures = learn(policy, optimizers, rollout, rows, ref, config, world, ids["banned_ids"])
+        figures = learn(policy, optimizers, rollout, ref, config, world, blank, banned, budget)
     seconds = {**draw, **score, **learning}
     drawn = rollout_figures(rollout, config, world, ids["eos_ids"])
     tokens = config.prompts_per_step * config.group_size * drawn["completion_tokens"]
     speed = {f"tokens_per_second_{name.removeprefix('seconds_')}": tokens / value for name, value in seconds.items()}
-    return {**drawn, **figures, **seconds, **speed, "memory_gb": peak_memory_gb(world.device)}, rollout
+    return {
+        **drawn,
+        **figures,
+        **seconds,
+        **speed,
+        "row_tokens": budget.tokens,
+        "memory_gb": peak_memory_gb(world.device),
+    }, rollout
 
 
 def log_group(log: RunLog, step: int, rollout: Rollout, config: Config) -> None:
@@ -387,9 +446,10 @@ def main(config: Config) -> None:
         optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
         ids = {"eos_ids": eos_token_ids(policy, processor), "banned_ids": banned_token_ids(policy, processor)}
         out = open_run(config, world)
-        feed = PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl")
+        feed = PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl", steps)
         keeper = CheckpointKeeper(out, policy, optimizers, config, world)
         start = keeper.resume() if config.resume else 0
+        budget = row_budget(config, policy, world, reference=config.beta > 0)
         log, stop, recent = RunLog(out, config, world, start), StopSignal(), deque(maxlen=WARN_EVERY)
         if start == 0 and config.eval_every:
             keeper.best = evaluate_sets(policy, processor, eval_sets, 0, config, world, log, reward=config.rewards[0])
@@ -400,7 +460,7 @@ def main(config: Config) -> None:
                 optimizers, learning_rate_factor(step, steps, config.warmup_steps, config.schedule)
             )
             figures, rollout = train_step(
-                step, policy, reference, processor, optimizers, feed, blank, config, world, ids
+                step, policy, reference, processor, optimizers, feed, blank, budget, config, world, ids
             )
             done = step + 1
             log.metrics(done, {**figures, "learning_rate": rate, **feed.figures()})
