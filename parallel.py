@@ -34,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
-from rollout import next_logits, row_logprobs
+from rollout import image_features, next_logits, row_logprobs
 from vlm import DECODER_LAYERS, family_of, trainable
 
 # What else a Hugging Face directory of a VLM may hold; copied as it is, so that other engines find what they expect.
@@ -162,7 +162,7 @@ def shard_model(model: nn.Module, world: World, *, compute_dtype: torch.dtype, t
     # forward to its backward; a reference has no backward to free it again.
     root_policy = MixedPrecisionPolicy(**dtypes)
     fully_shard(model, mesh=world.mesh, mp_policy=root_policy, reshard_after_forward=not trained)
-    for function in (row_logprobs, next_logits):
+    for function in (row_logprobs, next_logits, image_features):
         setattr(model, function.__name__, MethodType(function, model))
         register_fsdp_forward_method(model, function.__name__)
     return model.to(world.device)  # buffers, which FSDP leaves where they are

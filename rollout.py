@@ -13,10 +13,12 @@ Shapes: B prompts, G completions per prompt, P prompt tokens, C completion token
 R sequences being decoded, V vocabulary, A position axes (3 in Qwen's and GLM's rotary embedding, 1 elsewhere).
 """
 
+import inspect
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,7 @@ from grpo import linear_logits, linear_logprobs
 PREFILL_TOKENS = 4096  # prompts prefilled in one row; its activations are what this bounds
 # Of a prompt's tensors, these describe its tokens and are rebuilt for a row; all others (pixels, grids) are joined.
 TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+IMAGE_FEATURES = "image_features"  # what `see_images` puts in the place of the pixels
 
 
 @dataclass(frozen=True)
@@ -93,14 +96,23 @@ def model_positions(positions: Tensor) -> Tensor:
     return positions if len(positions) > 1 else positions[0]
 
 
-def joined_features(prompts: Sequence[dict], device: torch.device) -> dict[str, Tensor]:
+def joined_features(prompts: Sequence[dict], device: torch.device) -> dict:
     """Pixels, grids and the like of all prompts, joined in the order of their images in the row."""
-    keys = dict.fromkeys(key for prompt in prompts for key in prompt if key not in TOKEN_KEYS)
-    return {key: torch.cat([prompt[key] for prompt in prompts if key in prompt]).to(device) for key in keys}
+    keys = dict.fromkeys(key for prompt in prompts for key in prompt if key not in (*TOKEN_KEYS, IMAGE_FEATURES))
+    joined = {key: torch.cat([prompt[key] for prompt in prompts if key in prompt]).to(device) for key in keys}
+    seen = [prompt[IMAGE_FEATURES] for prompt in prompts if IMAGE_FEATURES in prompt]
+    if seen:
+        images, *levels = map(_joined, zip(*seen, strict=True))
+        joined["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=images, deepstack_features=levels)}
+    return joined
 
 
-# ---- the two ways through the model --------------------------------------------------------------------------------
-# Both are root forwards: FSDP gathers and frees parameters around the module it wraps, and a call past it would find
+def _joined(parts: Sequence) -> Tensor | tuple:  # a family gives one tensor or one per image
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(image for part in parts for image in part)
+
+
+# ---- the ways through the model ------------------------------------------------------------------------------------
+# Each is a root forward: FSDP gathers and frees parameters around the module it wraps, and a call past it would find
 # shards. `parallel.shard_model` registers them as methods; on a bare model they are called as they stand here.
 
 
@@ -116,6 +128,12 @@ def next_logits(model: nn.Module, inputs: dict, last: Tensor) -> Tensor:
     """fp32 logits of the tokens that follow the given places of the flattened input."""
     hidden = model.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
     return linear_logits(hidden[last], model.get_output_embeddings().weight)
+
+
+def image_features(model: nn.Module, images: dict) -> tuple:
+    """What the tower makes of a prompt's images: what enters the text, and what deeper layers add (Qwen3-VL)."""
+    seen = model.model.get_image_features(**images, return_dict=True)
+    return seen.pooler_output, *(getattr(seen, "deepstack_features", None) or ())
 
 
 def root_forward(model: nn.Module, function):
@@ -135,6 +153,31 @@ def row_attention(model: nn.Module, layout: RowLayout) -> dict:
     if model.config.get_text_config()._attn_implementation == attention.NAME:
         return {"attend": partial(attend_row, layout), "attention_mask": attention.NO_MASK}
     return {"attention_mask": layout.mask}
+
+
+# ---- images of a frozen tower --------------------------------------------------------------------------------------
+
+
+def tower_is_frozen(model: nn.Module) -> bool:
+    """Whether images are seen alike all along a run, and this version of transformers takes them ready-made (5.23)."""
+    text = ("model.language_model.", "lm_head.")
+    trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return all(name.startswith(text) for name in trained) and (
+        "mm_encoder_outputs" in inspect.signature(type(model.model).forward).parameters
+    )
+
+
+@torch.no_grad()
+def see_images(model: nn.Module, prompt: Mapping) -> dict:
+    """The prompt's tensors with its images as the tower sees them: drawing, reference and learning run it once."""
+    inputs = dict(prompt)
+    images = {key: inputs[key] for key in inputs if key not in TOKEN_KEYS}
+    if "pixel_values" not in images:
+        return inputs
+    device = next(model.parameters()).device
+    del inputs["pixel_values"]
+    images = {key: value.to(device) for key, value in images.items()}
+    return {**inputs, IMAGE_FEATURES: root_forward(model, image_features)(images)}
 
 
 # ---- scoring -------------------------------------------------------------------------------------------------------

@@ -294,7 +294,9 @@ def micro_batches(
     for pieces in plan:
         chosen_prompts = [prompts[number] for number, _ in pieces]
         chosen = [[completions[number][index] for index in indices] for number, indices in pieces]
-        if world.size > 1 and not any("pixel_values" in prompt for prompt in chosen_prompts):
+        # With a frozen tower images were seen while drawing, and no row runs it.
+        needs_image = "pixel_values" in blank and not any("pixel_values" in prompt for prompt in chosen_prompts)
+        if world.size > 1 and (needs_image or not pieces):
             chosen_prompts, chosen = [*chosen_prompts, blank], [*chosen, []]
         rows.append((chosen_prompts, chosen, [(number, index) for number, indices in pieces for index in indices]))
     return rows

@@ -30,7 +30,7 @@ from parallel import (
     save_checkpoint,
     shard_model,
 )
-from rollout import completion_logprobs, sample_completions
+from rollout import completion_logprobs, sample_completions, see_images
 from run import RowBudget, make_optimizers
 from test_rollout import make_completions, make_prompts
 from train import Rollout, learn, make_rows, score_rollout
@@ -95,6 +95,22 @@ def step_gradients(model, reference, processor, world, row_tokens, **changes):
     return recorder.gradients, figures, len(rows)
 
 
+def frozen_gradients(world, row_tokens, *, seen_once):
+    """Gradients of a step with a frozen tower; `seen_once`: its images are seen before, as train.roll_out does."""
+    model, processor = make_model()
+    model.model.visual.requires_grad_(False)
+    model = shard_model(model, world, compute_dtype=torch.float32)
+    rollout, blank = make_rollout(model, processor, world), blank_prompt(processor)
+    if seen_once:
+        with gathered(model):
+            prompts = [replace(prompt, inputs=see_images(model, prompt)) for prompt in rollout.prompts]
+            blank = replace(blank, inputs=see_images(model, blank))
+        rollout = replace(rollout, prompts=prompts)
+    recorder = Recorder(model)
+    learn(model, [recorder], rollout, None, replace(CONFIG, beta=0.0), world, blank, [], fixed(row_tokens))
+    return recorder.gradients
+
+
 def fixed(row_tokens=4096):
     return RowBudget(row_tokens, may_shrink=False)
 
@@ -131,6 +147,7 @@ def two_processes(rank, port, directory):
         nodes = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))  # two nodes of one process
         replica = shard_model(make_model()[0], replace(world, mesh=nodes), compute_dtype=torch.float32)
         results["replicated"] = step_gradients(replica, reference, processor, replace(world, mesh=nodes), 4096)
+        results["frozen"] = frozen_gradients(world, 60, seen_once=True)
         with gathered(model):
             # Ranks decode different numbers of prompts and steps: no collective may run in here.
             prompts = make_prompts(processor, (1, 0, 2, 0))[: 2 + rank]
@@ -244,6 +261,13 @@ def test_two_processes_give_the_gradients_of_one_with_images_on_one_rank_only(si
     for results in double:
         assert relative_difference(results[row_tokens][0], single[4096][0]) < 1e-6
         assert results[row_tokens][2] == double[0][row_tokens][2]
+
+
+def test_a_frozen_tower_that_sees_its_images_once_leaves_the_gradients_as_they_are(double):
+    expected = frozen_gradients(ALONE, 4096, seen_once=False)
+    assert not any("visual" in name for name in expected)
+    for results in double:
+        assert relative_difference(results["frozen"], expected) < 1e-6
 
 
 def test_replicas_across_nodes_have_the_gradients_of_one_process(single, double):

@@ -1,5 +1,6 @@
 """rollout.py against plain Hugging Face: G repeated rows, `generate`, and comparisons that have to fail."""
 
+import inspect
 from functools import partial
 
 import pytest
@@ -10,7 +11,16 @@ from torch.testing import assert_close
 import rollout
 import toy
 from attention import use_shared_prefix
-from rollout import completion_logprobs, pack_row, pick_tokens, plan_rows, sample_completions, truncated
+from rollout import (
+    completion_logprobs,
+    pack_row,
+    pick_tokens,
+    plan_rows,
+    sample_completions,
+    see_images,
+    tower_is_frozen,
+    truncated,
+)
 from vlm import banned_token_ids
 
 
@@ -328,3 +338,27 @@ def test_many_prompts_prefilled_in_several_rows_draw_the_same(model, processor, 
     monkeypatch.setattr(rollout, "PREFILL_TOKENS", 40)
     for a, b in zip(together, draw(), strict=True):
         assert a[0].equal(b[0])
+
+
+# ---- images of a frozen tower --------------------------------------------------------------------------------------
+
+
+def test_images_seen_once_give_the_same_draws_and_log_probs(model, processor):
+    prompts = make_prompts(processor)
+    seen = [see_images(model, prompt) for prompt in prompts]
+    assert not any("pixel_values" in prompt for prompt in seen) and "pixel_values" in prompts[0]
+    draw = partial(sample_completions, group_size=2, max_new_tokens=6, eos_ids=[2])
+    drawn = [draw(model, p, generator=torch.Generator().manual_seed(0)) for p in (prompts, seen)]
+    assert [[ids.tolist() for ids in group] for group in drawn[0]] == [[i.tolist() for i in g] for g in drawn[1]]
+    completions = make_completions(model, 4)
+    for a, b in zip(*(completion_logprobs(model, p, completions) for p in (prompts, seen)), strict=True):
+        assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_tower_is_frozen_when_nothing_but_the_language_model_is_trained(processor):
+    model = toy.build_model(processor.tokenizer)
+    assert not tower_is_frozen(model)
+    model.model.visual.requires_grad_(False)
+    assert tower_is_frozen(model) == ("mm_encoder_outputs" in inspect.signature(type(model.model).forward).parameters)
+    next(model.model.visual.parameters()).requires_grad_(True)
+    assert not tower_is_frozen(model)

@@ -1,5 +1,6 @@
 """train.py: options, one step looked at closely, and whole runs on a small checkpoint."""
 
+import inspect
 import json
 import os
 import signal
@@ -438,3 +439,23 @@ def test_images_are_opened_once_per_prompt_and_step(checkpoint, scenes, tmp_path
     monkeypatch.setattr("vlm.load_image", lambda path: opened.append(path) or real_open(path).convert("RGB"))
     rows = run(checkpoint, scenes, tmp_path / "b", "--steps", "1", "--eval_every", "0")
     assert len(opened) == 2 and only_numbers(rows) == only_numbers(rows_before)  # two prompts, six completions
+
+
+def test_a_frozen_tower_runs_once_per_prompt_and_step_and_changes_nothing(checkpoint, scenes, tmp_path, monkeypatch):
+    more = ["--steps", "2", "--eval_every", "0", "--freeze_vision", "--num_iterations", "2"]
+    if (
+        "mm_encoder_outputs"
+        not in inspect.signature(type(toy.build_model(toy.build_processor().tokenizer).model).forward).parameters
+    ):
+        pytest.skip("this version of transformers does not take images ready-made")
+    calls = []
+    tower = type(toy.build_model(toy.build_processor().tokenizer).model.visual)
+    monkeypatch.setattr(
+        tower, "forward", lambda self, *a, real=tower.forward, **o: calls.append(1) or real(self, *a, **o)
+    )
+    once = run(checkpoint, scenes, tmp_path / "a", *more)
+    assert len(calls) == 1 + 2 * 2  # the blank, two prompts in two steps
+    monkeypatch.setattr(train, "tower_is_frozen", lambda model: False)
+    again = run(checkpoint, scenes, tmp_path / "b", *more)
+    for a, b in zip(only_numbers(once), only_numbers(again), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)

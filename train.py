@@ -15,7 +15,7 @@ import statistics
 import sys
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -40,7 +40,7 @@ from parallel import (
     process_group,
 )
 from rewards import first_box, load_reward, reads_boxes
-from rollout import completion_logprobs, sample_completions, stack_groups
+from rollout import completion_logprobs, sample_completions, see_images, stack_groups, tower_is_frozen
 from run import (
     CheckpointKeeper,
     PromptFeed,
@@ -172,6 +172,8 @@ def roll_out(
     completions, logprobs = [], []
     batch = max(1, config.draw_batch_size // config.group_size)
     with gathered(policy):
+        if tower_is_frozen(policy):
+            prompts = [replace(prompt, inputs=see_images(policy, prompt)) for prompt in prompts]
         for start in range(0, len(prompts), batch):
             drawn = sample_completions(
                 policy,
@@ -444,6 +446,9 @@ def main(config: Config) -> None:
             return
         reference = load_reference(config, world) if config.beta else None
         optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
+        if tower_is_frozen(policy):
+            with gathered(policy):
+                blank = replace(blank, inputs=see_images(policy, blank))
         ids = {"eos_ids": eos_token_ids(policy, processor), "banned_ids": banned_token_ids(policy, processor)}
         out = open_run(config, world)
         feed = PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl", steps)
