@@ -74,6 +74,7 @@ class RowLayout:
     own: Tensor  # [N, C] place in the row of each completion's tokens; 0 where it has ended
     inside: Tensor  # [N, C] bool, False where it has ended
     places: Tensor  # [T] the places that are inside
+    order: Tensor  # [T] where they stand among the N * C
 
     @cached_property
     def mask(self) -> Tensor:
@@ -82,7 +83,7 @@ class RowLayout:
         group, part = (torch.zeros(size, dtype=torch.long, device=self.own.device) for _ in range(2))
         for number, (first, _, last) in enumerate(self.groups):
             group[first:last] = number
-        part[self.places] = 1 + self.inside.nonzero()[:, 0]  # 0 in a prompt, the completion's number in a completion
+        part[self.places] = 1 + self.order // self.own.shape[1]  # 0 in a prompt, else the completion's number
         same_group = group[:, None] == group[None, :]
         visible = (part[None, :] == 0) | (part[:, None] == part[None, :])
         return (same_group & visible).tril()[None, None]
@@ -104,7 +105,8 @@ def row_layout(
     steps = torch.arange(int(sizes.max()) if len(sizes) else 0)
     inside = steps < sizes[:, None]
     own = torch.where(inside, torch.tensor(starts, dtype=torch.long)[:, None] + steps, 0)
-    return RowLayout(groups, own.to(device), inside.to(device), own[inside].to(device))
+    order = inside.flatten().nonzero()[:, 0]  # here, on the CPU: a mask as an index would wait for the GPU
+    return RowLayout(groups, *(values.to(device) for values in (own, inside, own.flatten()[order], order)))
 
 
 def attend_row(layout: RowLayout, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -182,7 +184,7 @@ def _completions(states: Tensor, layout: RowLayout) -> Tensor:
 
 def _row_tokens(states: Tensor, layout: RowLayout) -> Tensor:
     """The way back, padding left out: [K, heads, T, ...]."""
-    return states.unflatten(0, (-1, len(layout.own))).transpose(1, 2)[:, :, layout.inside]
+    return states.unflatten(0, (-1, len(layout.own))).transpose(1, 2).flatten(2, 3)[:, :, layout.order]
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
