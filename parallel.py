@@ -35,8 +35,9 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
 from rollout import next_logits, row_logprobs
-from vlm import DECODER_LAYERS, family_of, trainable
+from vlm import DECODER_LAYERS, counted_pixels, family_of, trainable
 
+SHARD_SIZE = "5GB"  # of a weights file, as on the hub; more weights are several files and an index
 # What else a Hugging Face directory of a VLM may hold; copied as it is, so that other engines find what they expect.
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.model",
@@ -237,9 +238,10 @@ def save_checkpoint(
             model.config.tie_word_embeddings
         ):  # transformers drops a tied head by its shared storage, which the cast ends
             weights.pop("lm_head.weight", None)
-        model.save_pretrained(partial, state_dict=weights)  # not safetensors by hand: it maps names back to the hub's
+        # not safetensors by hand: it maps names back to the hub's
+        model.save_pretrained(partial, state_dict=weights, max_shard_size=SHARD_SIZE)
         _set_config_dtype(partial / "config.json", dtype)
-        copy_side_files(source, partial, pixels)
+        copy_side_files(source, partial, counted_pixels(model.config.model_type, pixels))
         (partial / "trainer.json").write_text(json.dumps({**state, "num_shards": _num_shards(world)}, indent=1))
     if _shard_index(world) is not None:
         save_file(_training_tensors(model, optimizers), partial / f"state-{_shard_index(world):05d}.safetensors")
@@ -258,7 +260,7 @@ def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
 
 
 def copy_side_files(source: str, directory: Path, pixels: tuple[int, int]) -> None:
-    """Copies tokenizer, processor and chat template files of a local or hub checkpoint, with this pixel budget."""
+    """Copies tokenizer, processor and chat template files of a local or hub checkpoint, with these counted pixels."""
     for name in SIDE_FILES:
         path = cached_file(
             source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
