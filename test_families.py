@@ -15,17 +15,30 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from PIL import Image
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
 
 import parallel
 import rollout
 import toy
-from data import IMAGE_MARK, Sample
+from data import IMAGE_MARK, BadSample, Sample
 from parallel import process_group, save_checkpoint, shard_model
 from rollout import TOKEN_KEYS, completion_logprobs, sample_completions
 from test_parallel import ALONE, relative_difference, step_gradients
 from test_rollout import make_completions
-from vlm import FAMILIES, build_prompt, load_model, load_processor, to_image_box
+from vlm import (
+    FAMILIES,
+    build_prompt,
+    describe_processor,
+    has_pixel_budget,
+    load_model,
+    load_processor,
+    to_image_box,
+)
 
 MULTIAXIS = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}}
 VIT = {"depth": 2, "num_heads": 2, "out_hidden_size": 32}
@@ -281,6 +294,10 @@ def test_plain_transformers_loads_a_checkpoint(
         assert {*index["weight_map"].values()} == {file.name for file in path.glob("model-*-of-*.safetensors")}
     model, prompts = loaded[0], make_prompts(load_processor(str(path), min_pixels=256, max_pixels=4096), samples)
     again = AutoModelForImageTextToText.from_pretrained(path)
+    images = AutoImageProcessor.from_pretrained(path)  # the budget must be in the files, for whoever reads them next
+    for sample, expected in zip(samples[1:], make_prompts(loaded[1], samples[1:]), strict=True):
+        pixels = images([Image.open(file) for file in sample.images], return_tensors="pt")["pixel_values"]
+        assert pixels.equal(expected["pixel_values"])
     assert type(again) is type(model) and again.generation_config.eos_token_id == [2, 0]
     for prompt, expected in zip(prompts, make_prompts(loaded[1], samples), strict=True):
         assert all(prompt[key].equal(expected[key]) for key in expected)
@@ -291,6 +308,7 @@ def test_plain_transformers_loads_a_checkpoint(
 # ---- pixels and boxes ----------------------------------------------------------------------------------------------
 
 SIZES = [(1, 1), (3, 5), (27, 29), (640, 480), (333, 1000), (1999, 10), (10, 1990), (4000, 21), (16, 3100)]
+STEP = 16  # two patches, which become one token
 
 
 @pytest.mark.parametrize("pixels", [(256, 256), (256, 4096), (3136, 1_003_520)])
@@ -307,3 +325,30 @@ def test_boxes_of_any_image_go_to_the_model_and_back(family, directory, pixels, 
         assert there == pytest.approx([frame[0] * 0.125, 0, frame[0], frame[1] * 0.7], rel=1e-12)
         back = to_image_box(there, prompt.image_size, prompt.input_size, family, box_space)
         assert back == pytest.approx(box, rel=1e-9, abs=1e-9)
+
+
+def test_images_are_resized_within_the_budget_and_make_use_of_it(family, directory):
+    processor = load_processor(str(directory / family), min_pixels=2048, max_pixels=4096)
+    text = describe_processor(processor)
+    assert type(processor.image_processor).__name__ in text and type(processor).__name__ in text
+    if not has_pixel_budget(processor):
+        assert "tiles of 32 x 32" in text
+        return
+    assert "2,048 to 4,096 pixels" in text
+    for size in SIZES:
+        sample = make_sample(directory, "the circle", [size])
+        width, height = build_prompt(processor, sample, template="plain").input_size
+        assert width % STEP == 0 and height % STEP == 0 and width * height >= 2048
+        assert width * height <= 4096 or STEP in (width, height)  # one step is the least, however thin the image
+    width, height = build_prompt(processor, make_sample(directory, "the circle", [(640, 480)])).input_size
+    assert width * height == 48 * 64  # the next larger ones with the aspect ratio, 64 x 80 and 64 x 96, hold too much
+
+
+def test_an_image_too_thin_for_the_processor_is_refused_with_its_line(family, directory):
+    processor = load_processor(str(directory / family), min_pixels=256, max_pixels=4096)
+    sample = make_sample(directory, "the circle", [(4020, 20)], "[0, 0, 4020, 10]")
+    if has_pixel_budget(processor):
+        with pytest.raises(BadSample, match="data.jsonl:7: .* aspect ratio must be smaller than 200, got 20.*; crop"):
+            build_prompt(processor, sample)
+    else:
+        assert json.loads(build_prompt(processor, sample).answer) == pytest.approx([0, 0, 1000, 500])
