@@ -38,6 +38,8 @@ from rollout import next_logits, row_logprobs
 from vlm import DECODER_LAYERS, counted_pixels, family_of, trainable
 
 SHARD_SIZE = "5GB"  # of a weights file, as on the hub; more weights are several files and an index
+# A safetensors file, but named otherwise: vLLM and SGLang take every *.safetensors of a directory for weights.
+STATE_FILE = "state-{:05d}.training"
 # What else a Hugging Face directory of a VLM may hold; copied as it is, so that other engines find what they expect.
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.model",
@@ -244,7 +246,7 @@ def save_checkpoint(
         copy_side_files(source, partial, counted_pixels(model.config.model_type, pixels))
         (partial / "trainer.json").write_text(json.dumps({**state, "num_shards": _num_shards(world)}, indent=1))
     if _shard_index(world) is not None:
-        save_file(_training_tensors(model, optimizers), partial / f"state-{_shard_index(world):05d}.safetensors")
+        save_file(_training_tensors(model, optimizers), partial / STATE_FILE.format(_shard_index(world)))
     barrier(world)
     if world.first:
         _sync_files(partial)
@@ -286,7 +288,7 @@ def load_training_state(
     if not path.is_file():
         raise ValueError(f"{directory}: no training state (trainer.json); resume from a directory of OUT/checkpoints")
     state = json.loads(path.read_text())
-    files = [safe_open(directory / f"state-{shard:05d}.safetensors", "pt") for shard in range(state["num_shards"])]
+    files = [safe_open(directory / STATE_FILE.format(shard), "pt") for shard in range(state["num_shards"])]
     names = set(files[0].keys())
     with torch.no_grad():
         for name, parameter in trainable(model):

@@ -1,7 +1,7 @@
 """Every row of vlm.FAMILIES through the whole way: processor, prompts, drawing, scoring, a step, a checkpoint, boxes.
 
-A family is built from its configuration, as a random model of some 50,000 parameters in a directory laid out as on the
-hub. Expected values are those of plain Hugging Face: `generate`, one forward per completion, `from_pretrained`.
+A family is built from its configuration, as a random model of 50,000 to 110,000 parameters in a directory laid out as
+on the hub. Expected values are those of plain Hugging Face: `generate`, one forward per completion, `from_pretrained`.
 """
 
 import json
@@ -15,18 +15,14 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from PIL import Image
-from transformers import (
-    CONFIG_MAPPING,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    PreTrainedTokenizerFast,
-)
+from safetensors import safe_open
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 import parallel
 import rollout
 import toy
 from data import IMAGE_MARK, BadSample, Sample
-from parallel import process_group, save_checkpoint, shard_model
+from parallel import gathered, process_group, save_checkpoint, shard_model
 from rollout import TOKEN_KEYS, completion_logprobs, sample_completions
 from test_parallel import ALONE, relative_difference, step_gradients
 from test_rollout import make_completions
@@ -40,34 +36,33 @@ from vlm import (
     to_image_box,
 )
 
-MULTIAXIS = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}}
 VIT = {"depth": 2, "num_heads": 2, "out_hidden_size": 32}
 QWEN = {
     "mark": "<|vision_start|><|image_pad|><|vision_end|>",
     "tokens": {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
                "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"},
     "images": "Qwen2VLImageProcessor",
-    "text": MULTIAXIS,
+    "text": ROPE,
 }  # fmt: skip
 QWEN3 = QWEN | {
     "images": "Qwen2VLImageProcessorFast",
     "vision": VIT | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 # model type -> what its chat template writes for an image, its vision tokens, the image processor that the hub's
 # checkpoints name, and what its text and vision configurations need beyond TEXT and VISION. A new family is an entry.
 CASES = {
     "qwen2_vl": QWEN | {"vision": {"depth": 2, "num_heads": 2, "embed_dim": 32}},
     "qwen2_5_vl": QWEN | {"vision": VIT | {"window_size": 32, "fullatt_block_indexes": [1]}},
     "qwen3_vl": QWEN3,
-    "qwen3_vl_moe": QWEN3 | {"text": MULTIAXIS | EXPERTS},
+    "qwen3_vl_moe": QWEN3 | {"text": ROPE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}},
     "internvl": {"mark": "<IMG_CONTEXT>", "tokens": {"image_token_id": "<IMG_CONTEXT>"},
                  "images": "GotOcr2ImageProcessorFast", "text": {"model_type": "qwen2"},
                  "vision": {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": [32, 32]}},
     "glm4v": {"mark": "<|begin_of_image|><|image|><|end_of_image|>", "images": "Glm4vImageProcessor",
               "tokens": {"image_token_id": "<|image|>", "video_token_id": "<|video|>",
                          "image_start_token_id": "<|begin_of_image|>", "image_end_token_id": "<|end_of_image|>"},
-              "text": MULTIAXIS, "vision": VIT | {"image_size": 32}},
+              "text": ROPE, "vision": VIT | {"image_size": 32}},
 }  # fmt: skip
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
         "num_key_value_heads": 1, "initializer_range": 0.15, "max_position_embeddings": 4096}  # fmt: skip
@@ -281,6 +276,21 @@ def test_two_processes_give_the_gradients_of_one_with_images_on_one_rank_only(fa
         assert relative_difference(gradients[family], alone) < 1e-5
 
 
+def test_bf16_draws_and_learns_over_fp32_masters(family, directory, samples):
+    model, processor = load_model(str(directory / family), min_pixels=256, max_pixels=4096)
+    exact, _, _ = step_gradients(model, None, processor, ALONE, 4096, beta=0.0)
+    with process_group(bf16=True) as world:
+        model = shard_model(model, world, compute_dtype=torch.bfloat16)
+        low, _, _ = step_gradients(model, None, processor, world, 4096, beta=0.0)
+        with gathered(model):
+            drawn = sample_completions(
+                model, make_prompts(processor, samples), 2, max_new_tokens=6, eos_ids=[2], return_logprobs=True
+            )
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert all(logprobs.isfinite().all() for group in drawn[1] for logprobs in group)
+    assert 1e-5 < relative_difference(low, exact) < 0.3  # bf16 was really used
+
+
 @pytest.mark.parametrize("processes", ["one", "two"])
 def test_plain_transformers_loads_a_checkpoint(
     loaded, family, directory, samples, double, processes, tmp_path, monkeypatch
@@ -292,9 +302,13 @@ def test_plain_transformers_loads_a_checkpoint(
         save(tmp_path, "one", load_model(str(directory / family))[0], ALONE, directory / family)
         index = json.loads((path / "model.safetensors.index.json").read_text())
         assert {*index["weight_map"].values()} == {file.name for file in path.glob("model-*-of-*.safetensors")}
+        with safe_open(directory / family / "model.safetensors", "pt") as file:
+            assert index["weight_map"].keys() == {*file.keys()}  # the names that other engines look for
     model, prompts = loaded[0], make_prompts(load_processor(str(path), min_pixels=256, max_pixels=4096), samples)
     again = AutoModelForImageTextToText.from_pretrained(path)
-    images = AutoImageProcessor.from_pretrained(path)  # the budget must be in the files, for whoever reads them next
+    assert all(file.name.startswith("model") for file in path.glob("*.safetensors"))  # vLLM loads all that there are
+    # The budget must be in the files, for whoever reads them next.
+    images = type(loaded[1].image_processor).from_pretrained(path)
     for sample, expected in zip(samples[1:], make_prompts(loaded[1], samples[1:]), strict=True):
         pixels = images([Image.open(file) for file in sample.images], return_tensors="pt")["pixel_values"]
         assert pixels.equal(expected["pixel_values"])

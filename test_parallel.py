@@ -360,7 +360,7 @@ def test_a_checkpoint_in_bf16_says_so_and_keeps_fp32_masters(single, tmp_path):
     with safe_open(tmp_path / "low" / "model.safetensors", "pt") as file:
         assert "lm_head.weight" not in file.keys()  # tied: it is the embedding
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "low").dtype == torch.bfloat16
-    with safe_open(tmp_path / "low" / "state-00000.safetensors", "pt") as file:
+    with safe_open(tmp_path / "low" / "state-00000.training", "pt") as file:
         assert file.get_tensor("master.model.language_model.norm.weight").dtype == torch.float32
 
 

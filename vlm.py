@@ -4,10 +4,7 @@ Whatever a processor returns passes through unopened: it is `input_ids` plus ten
 dimension. No class per family, no test of a path: the model type comes from the checkpoint's config.
 Left out: LoRA, video, models whose text attention is not plainly causal (Gemma 3, PaliGemma).
 
-Sources of the box spaces: Qwen2.5-VL, github.com/QwenLM/Qwen3-VL/issues/676 (its authors: pixels of the image as the
-processor leaves it); Qwen2-VL, the repository's qwen-vl-finetune/tools/process_bbox.ipynb; Qwen3-VL, issues 1486 and
-1741 there (0..1000 again); InternVL, internvl.readthedocs.io, "grounding / detection data"; GLM-4.1V, the README of
-github.com/zai-org/GLM-V. None was tried on a released checkpoint.
+The README's table of families names the source of each box space, and what is assumed.
 """
 
 from collections.abc import Iterator, Mapping
