@@ -27,7 +27,15 @@ from parallel import World, all_gather, gathered, launch, process_group, shard_m
 from rewards import average_precision, first_box, iou, load_reward, parse_boxes, reads_boxes
 from rollout import sample_completions
 from run import RunLog, load_samples, seeded_sample
-from vlm import MAX_PIXELS, banned_token_ids, build_prompt, eos_token_ids, load_model, to_image_box
+from vlm import (
+    MAX_PIXELS,
+    banned_token_ids,
+    build_prompt,
+    describe_processor,
+    eos_token_ids,
+    load_model,
+    to_image_box,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,10 @@ class Config:
     max_completion_tokens: int = HfArg(default=256, help="tokens of an answer at most")
     max_pixels: int = HfArg(default=MAX_PIXELS, help="pixels of an image at most; the same as in training")
     min_pixels: int = HfArg(default=3136, help="pixels of an image at least")
+    box_space: Literal["", "pixels", "thousand"] = HfArg(
+        default="", help="where boxes live: pixels of the resized image, or 0..1000; the family's own by default"
+    )
+    trust_remote_code: bool = HfArg(default=False, help="run the code that a checkpoint brings along")
     batch_size: int = HfArg(default=32, help="answers decoded together per process")
     dtype: Literal["auto", "bf16", "fp32"] = HfArg(default="auto", help="compute in; auto is bf16 on a GPU")
     output: str = HfArg(default="", help="write summary and rows to this JSON file")
@@ -81,6 +93,7 @@ def greedy_rows(
     max_completion_tokens: int,
     batch_size: int,
     reward: str = "iou",
+    box_space: str = "",
 ) -> list[dict]:
     """A row per sample with its greedy answer and what it is worth, in their order; every rank answers its share."""
     tokenizer = processor.tokenizer
@@ -93,7 +106,7 @@ def greedy_rows(
             prompts = {}
             for number, sample in mine[start : start + batch_size]:
                 try:
-                    prompts[number] = build_prompt(processor, sample, template=template)
+                    prompts[number] = build_prompt(processor, sample, template=template, box_space=box_space)
                 except BadSample as error:
                     rows.append({"index": number, "id": sample.id, "bad_sample": str(error)})
             if not prompts:
@@ -121,6 +134,7 @@ def greedy_rows(
                     "method": prompt.sample.reward,
                     "template": template,
                     "family": model.config.model_type,
+                    "box_space": box_space,
                     "image_size": prompt.image_size,
                     "input_size": prompt.input_size,
                 }
@@ -136,7 +150,8 @@ def score(row: dict, reward: str) -> dict:
     text, name = row["completion"], row["method"] or reward
 
     def in_image(box: list[float] | None) -> list[float] | None:
-        return box and to_image_box(box, row["image_size"], row["input_size"], row["family"])
+        sizes = row["image_size"], row["input_size"]
+        return box and to_image_box(box, *sizes, row["family"], row.get("box_space"))
 
     if reward == "detection":
         both = {"predicted": parse_boxes(text), "true": parse_boxes(row["truth"])}
@@ -205,6 +220,7 @@ def evaluate_sets(
             max_completion_tokens=config.max_completion_tokens,
             batch_size=config.eval_batch_size,
             reward=reward,
+            box_space=config.box_space,
         )
         summary = summarize(rows)
         score = summary[headline(summary)] if score is None else score
@@ -267,7 +283,15 @@ def answer_sets(config: Config, world: World) -> dict[str, list[dict]]:
         progress=world.first,
     )
     dtype = compute_dtype(config.dtype)
-    model, processor = load_model(config.model, max_pixels=config.max_pixels, min_pixels=config.min_pixels, dtype=dtype)
+    model, processor = load_model(
+        config.model,
+        max_pixels=config.max_pixels,
+        min_pixels=config.min_pixels,
+        dtype=dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if world.first:  # not on stdout, which holds the summary
+        print(describe_processor(processor, config.box_space), file=sys.stderr)
     model = shard_model(model, world, compute_dtype=dtype, trained=False)
     return {
         Path(path).stem: greedy_rows(
@@ -279,6 +303,7 @@ def answer_sets(config: Config, world: World) -> dict[str, list[dict]]:
             batch_size=config.batch_size,
             max_completion_tokens=config.max_completion_tokens,
             reward=reward,
+            box_space=config.box_space,
         )
         for path, samples in zip(config.data, sets, strict=True)
     }
@@ -308,8 +333,8 @@ def run_options(model: str) -> dict:
     path = Path(model).resolve().parent.parent / "config.json"  # of OUT/checkpoints/step-000100, or OUT/best
     if not path.is_file() or "options" not in (saved := json.loads(path.read_text())):
         return {}
-    names = ("template", "max_completion_tokens", "max_pixels", "min_pixels")
-    return {name: saved["options"][name] for name in names}
+    names = ("template", "max_completion_tokens", "max_pixels", "min_pixels", "box_space")
+    return {name: saved["options"][name] for name in names if name in saved["options"]}
 
 
 if __name__ == "__main__":

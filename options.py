@@ -39,6 +39,10 @@ class RunConfig:
     template: str = HfArg(default="rec", help="prompt template: a name of data.TEMPLATES or a text with {question}")
     max_pixels: int = HfArg(default=MAX_PIXELS, help="pixels of an image at most; a larger one is shrunk")
     min_pixels: int = HfArg(default=3136, help="pixels of an image at least; a smaller one is enlarged")
+    box_space: Literal["", "pixels", "thousand"] = HfArg(
+        default="", help="where boxes live: pixels of the resized image, or 0..1000; the family's own by default"
+    )
+    trust_remote_code: bool = HfArg(default=False, help="run the code that a checkpoint brings along")
     freeze_vision: bool = HfArg(default=False, help="leave the vision tower as it is")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, a third more time")
     dtype: Literal["auto", "bf16", "fp32"] = HfArg(

@@ -35,8 +35,11 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
 from rollout import image_features, next_logits, row_logprobs
-from vlm import DECODER_LAYERS, family_of, trainable
+from vlm import DECODER_LAYERS, counted_pixels, family_of, trainable
 
+SHARD_SIZE = "5GB"  # of a weights file, as on the hub; more weights are several files and an index
+# A safetensors file, but named otherwise: vLLM and SGLang take every *.safetensors of a directory for weights.
+STATE_FILE = "state-{:05d}.training"
 # What else a Hugging Face directory of a VLM may hold; copied as it is, so that other engines find what they expect.
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.model",
@@ -244,12 +247,13 @@ def save_checkpoint(
             model.config.tie_word_embeddings
         ):  # transformers drops a tied head by its shared storage, which the cast ends
             weights.pop("lm_head.weight", None)
-        model.save_pretrained(partial, state_dict=weights)  # not safetensors by hand: it maps names back to the hub's
+        # not safetensors by hand: it maps names back to the hub's
+        model.save_pretrained(partial, state_dict=weights, max_shard_size=SHARD_SIZE)
         _set_config_dtype(partial / "config.json", dtype)
-        copy_side_files(source, partial, pixels)
+        copy_side_files(source, partial, counted_pixels(model.config.model_type, pixels))
         (partial / "trainer.json").write_text(json.dumps({**state, "num_shards": _num_shards(world)}, indent=1))
     if _shard_index(world) is not None:
-        save_file(_training_tensors(model, optimizers), partial / f"state-{_shard_index(world):05d}.safetensors")
+        save_file(_training_tensors(model, optimizers), partial / STATE_FILE.format(_shard_index(world)))
     barrier(world)
     if world.first:
         _sync_files(partial)
@@ -265,7 +269,7 @@ def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
 
 
 def copy_side_files(source: str, directory: Path, pixels: tuple[int, int]) -> None:
-    """Copies tokenizer, processor and chat template files of a local or hub checkpoint, with this pixel budget."""
+    """Copies tokenizer, processor and chat template files of a local or hub checkpoint, with these counted pixels."""
     for name in SIDE_FILES:
         path = cached_file(
             source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
@@ -291,7 +295,7 @@ def load_training_state(
     if not path.is_file():
         raise ValueError(f"{directory}: no training state (trainer.json); resume from a directory of OUT/checkpoints")
     state = json.loads(path.read_text())
-    files = [safe_open(directory / f"state-{shard:05d}.safetensors", "pt") for shard in range(state["num_shards"])]
+    files = [safe_open(directory / STATE_FILE.format(shard), "pt") for shard in range(state["num_shards"])]
     names = set(files[0].keys())
     with torch.no_grad():
         for name, parameter in trainable(model):

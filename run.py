@@ -30,7 +30,7 @@ from grpo import CHUNK_LOGITS
 from options import RunConfig, compute_dtype
 from parallel import World, all_gather, all_sum, load_training_state, save_checkpoint, shard_model
 from rollout import plan_rows
-from vlm import Prompt, build_prompt, load_model, trainable
+from vlm import Prompt, build_prompt, describe_processor, load_model, trainable
 
 ACTIVATIONS = "activations of a row"
 MIN_ROW_TOKENS, MAX_ROW_TOKENS = 256, 65_536  # between which --row_tokens auto looks
@@ -63,14 +63,17 @@ def load_policy(config: RunConfig, world: World) -> tuple[nn.Module, ProcessorMi
         min_pixels=config.min_pixels,
         freeze_vision=config.freeze_vision,
         gradient_checkpointing=config.gradient_checkpointing,
+        trust_remote_code=config.trust_remote_code,
     )
+    if world.first:
+        tqdm.write(describe_processor(processor, config.box_space))
     return shard_model(model, world, compute_dtype=compute_dtype(config.dtype)), processor
 
 
 def load_reference(config: RunConfig, world: World) -> nn.Module:
     """The frozen model that the KL penalty measures from: the one training started with, in the compute dtype."""
     dtype = compute_dtype(config.dtype)
-    model, _ = load_model(config.model, dtype=dtype)
+    model, _ = load_model(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
     return shard_model(model.requires_grad_(False), world, compute_dtype=dtype, trained=False)
 
 
@@ -198,7 +201,12 @@ class PromptFeed:
             self.used += 1
             if index not in self.broken:
                 try:
-                    return build_prompt(self.processor, self.samples[index], template=self.config.template)
+                    return build_prompt(
+                        self.processor,
+                        self.samples[index],
+                        template=self.config.template,
+                        box_space=self.config.box_space,
+                    )
                 except BadSample as error:
                     self._set_aside(index, error)
             index = (index + 1) % len(self.samples)
@@ -498,7 +506,9 @@ def describe_run(
 ) -> str:
     """What `--dry_run` prints: sizes, lengths of 64 prompts spread over the data, an estimate of memory."""
     chosen = samples[:: max(1, len(samples) // 64)]
-    prompts = [build_prompt(processor, sample, template=config.template) for sample in chosen]
+    prompts = [
+        build_prompt(processor, sample, template=config.template, box_space=config.box_space) for sample in chosen
+    ]
     lengths = sorted(prompt["input_ids"].shape[1] for prompt in prompts)
     row_tokens = row_budget(config, model, world, reference=reference).tokens
     memory = memory_estimate(model, world, config, reference=reference, row_tokens=row_tokens)

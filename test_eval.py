@@ -77,6 +77,18 @@ def test_answers_are_scored_by_the_rewards_parser_and_boxes_move_back(checkpoint
         assert r["iou"] == iou([2, 4, 30.5, 40], json.loads(sample.answer))
 
 
+def test_an_overridden_box_space_is_moved_out_of_again(checkpoint, scenes, tmp_path, monkeypatch):
+    argv = ["--model", checkpoint, "--data", str(scenes / "test.jsonl"), "--template", "plain", "--limit", "2",
+            "--max_completion_tokens", "2", "--min_pixels", "256", "--box_space", "thousand",
+            "--output", str(tmp_path / "e.json")]  # fmt: skip
+    main(parse_options(Config, argv, {}))
+    for row in json.loads((tmp_path / "e.json").read_text())["rows"]["test"]:
+        there = json.loads(row["truth"])
+        assert there == pytest.approx([side * 1000 / 64 for side in json.loads(row["answer"])])
+        again = score(row | {"completion": f"<answer>{there}</answer>"}, "iou")
+        assert again["iou"] == 1 and again["box"] == pytest.approx(json.loads(row["answer"]))
+
+
 @pytest.mark.parametrize("template, found", [("base", [2, 4, 30, 40]), ("rec", None)])
 def test_a_box_outside_the_tags_counts_only_under_a_prompt_that_asks_for_none(
     checkpoint, scenes, monkeypatch, template, found

@@ -20,10 +20,12 @@ import train
 from data import Sample
 from grpo import group_advantages
 from parallel import (
+    SIDE_FILES,
     World,
     _row_range,
     all_gather,
     all_sum,
+    copy_side_files,
     gathered,
     load_training_state,
     process_group,
@@ -376,8 +378,23 @@ def test_a_checkpoint_in_bf16_says_so_and_keeps_fp32_masters(single, tmp_path):
     with safe_open(tmp_path / "low" / "model.safetensors", "pt") as file:
         assert "lm_head.weight" not in file.keys()  # tied: it is the embedding
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "low").dtype == torch.bfloat16
-    with safe_open(tmp_path / "low" / "state-00000.safetensors", "pt") as file:
+    with safe_open(tmp_path / "low" / "state-00000.training", "pt") as file:
         assert file.get_tensor("master.model.language_model.norm.weight").dtype == torch.float32
+
+
+def test_every_file_beside_the_weights_is_copied_and_only_the_budget_in_it_changed(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "copy").mkdir()
+    budget = {"size": {"shortest_edge": 3136, "longest_edge": 12_845_056}, "patch_size": 14}
+    for name in SIDE_FILES:
+        (tmp_path / "source" / name).write_text(json.dumps(budget | {"name": name}))
+    (tmp_path / "source" / "notes.txt").write_text("stays behind")
+    copy_side_files(str(tmp_path / "source"), tmp_path / "copy", (256, 4096))
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {*SIDE_FILES}
+    for name in SIDE_FILES:
+        size = {"shortest_edge": 256, "longest_edge": 4096} if name.startswith("p") else budget["size"]
+        expected = budget | {"name": name, "size": size}  # the video's budget is another, and not trained under
+        assert json.loads((tmp_path / "copy" / name).read_text()) == expected
 
 
 def test_muon_takes_the_same_step_over_shards_as_over_whole_matrices(single, double):

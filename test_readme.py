@@ -4,6 +4,8 @@ import importlib
 import re
 from pathlib import Path
 
+from vlm import FAMILIES
+
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
 
@@ -29,6 +31,14 @@ def test_every_test_and_function_the_readme_names_exists():
             thing = importlib.import_module(module)
             for part in path.split("."):
                 thing = getattr(thing, part)
+
+
+def test_the_table_of_families_is_that_of_the_code():
+    stated = re.findall(r"^\| `(\w+)` \| [^|]+ \| (pixels|thousand) \|", README, re.M)
+    assert dict(stated) == {name: family.box_space for name, family in FAMILIES.items()}
+    [diff] = re.findall(r"```diff\n(.*?)```", README, re.S)
+    code = (HERE / "vlm.py").read_text() + (HERE / "test_families.py").read_text()
+    assert all(line[1:] in code for line in diff.splitlines() if '"' in line)
 
 
 def test_every_option_the_readme_names_exists():

@@ -11,7 +11,7 @@ import toy
 import train
 from data import read_samples, step_indices
 from parallel import World
-from run import PromptFeed, _drop_after, learning_rate_factor, memory_estimate, row_budget
+from run import PromptFeed, _drop_after, learning_rate_factor, load_policy, memory_estimate, row_budget
 from test_parallel import ALONE, CONFIG, make_model, make_rollout
 from test_train import run
 from train import make_rows
@@ -96,6 +96,20 @@ def test_too_many_broken_images_stop_the_run(checkpoint, tmp_path):
             "--eval_data",
             str(tmp_path / "train.jsonl"),
         )
+
+
+@pytest.mark.parametrize("box_space, scale", [("", 1), ("thousand", 1000 / 64)])
+def test_a_run_trains_on_boxes_in_the_space_asked_for_and_says_so(
+    checkpoint, scenes, tmp_path, capsys, box_space, scale
+):
+    config = replace(CONFIG, model=checkpoint, template="plain", min_pixels=256, box_space=box_space)
+    _, processor = load_policy(config, ALONE)
+    said = capsys.readouterr().out
+    assert "256 to 1,003,520 pixels each; boxes: " + ("0..1000" if box_space else "pixels of the resized image") in said
+    samples = read_samples(scenes / "train.jsonl", scenes)
+    for prompt in PromptFeed(samples, processor, config, ALONE, tmp_path / "log", 1).take(0):
+        expected = [side * scale for side in json.loads(prompt.sample.answer)]
+        assert json.loads(prompt.answer) == pytest.approx(expected)
 
 
 def test_a_rank_with_less_to_do_adds_rows_of_a_blank_prompt(monkeypatch):

@@ -429,7 +429,7 @@ def test_torchrun_with_two_processes_trains_and_logs_once(checkpoint, scenes, tm
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
-    assert len(list((tmp_path / "out" / "checkpoints" / "step-000002").glob("state-*.safetensors"))) == 2
+    assert len(list((tmp_path / "out" / "checkpoints" / "step-000002").glob("state-*.training"))) == 2
 
 
 def test_images_are_opened_once_per_prompt_and_step(checkpoint, scenes, tmp_path, monkeypatch):

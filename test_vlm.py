@@ -1,6 +1,8 @@
 """vlm.py: processors without torchvision, box spaces, banned tokens; the toy stands for a checkpoint on disk."""
 
 import json
+import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ from vlm import (
     banned_token_ids,
     blank_prompt,
     build_prompt,
+    describe_processor,
     eos_token_ids,
     family_of,
     family_of_processor,
@@ -148,5 +151,59 @@ def test_a_blank_prompt_holds_one_image(checkpoint):
 
 
 def test_an_unknown_model_type_is_refused_with_those_that_work():
-    with pytest.raises(ValueError, match="'gemma3' is not supported: one of qwen2_vl"):
-        family_of("gemma3")
+    with pytest.raises(ValueError, match="'blip' is not supported: one of qwen2_vl"):
+        family_of("blip")
+
+
+def edited(checkpoint, directory, change):
+    """A copy of the checkpoint with its config.json changed."""
+    shutil.copytree(checkpoint, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(change(config)))
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    "model_type, reason",
+    [("gemma3", "both ways"), ("paligemma", "both ways"), ("internvl_chat", "-hf"), ("llava", "one of qwen2_vl")],
+)
+def test_a_family_that_a_packed_row_would_score_wrongly_is_refused_with_the_reason(
+    checkpoint, tmp_path, model_type, reason
+):
+    code = {"AutoConfig": "code.Config"}  # of which nothing may run
+    path = edited(checkpoint, tmp_path / "other", lambda config: config | {"model_type": model_type, "auto_map": code})
+    with pytest.raises(ValueError, match=f"'{model_type}' is not supported: .*{reason}"):
+        load_model(path, trust_remote_code=True)
+
+
+def test_windows_of_attention_are_refused(checkpoint, tmp_path):
+    def windowed(config):
+        types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+        text = {**config["text_config"], "use_sliding_window": True, "sliding_window": 8, "layer_types": types}
+        return {**config, "text_config": text}
+
+    with pytest.raises(ValueError, match="sliding_attention; a packed row is causal"):
+        load_model(edited(checkpoint, tmp_path / "windowed", windowed))
+
+
+def test_code_of_a_checkpoint_runs_only_when_asked_for(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    code = {"AutoConfig": "code.Config", "AutoModelForImageTextToText": "code.Model", "AutoProcessor": "code.Reader"}
+    path = edited(checkpoint, tmp_path / "coded", lambda config: config | {"auto_map": code})
+    (tmp_path / "coded" / "code.py").write_text("raise RuntimeError('the code of the checkpoint ran')\n")
+    load_model(path)
+    with pytest.raises(RuntimeError, match="the code of the checkpoint ran"):
+        load_model(path, trust_remote_code=True)
+
+
+def test_the_box_space_can_be_overridden_both_ways(checkpoint, photo):
+    processor = load_processor(checkpoint, max_pixels=1024, min_pixels=256)
+    prompt = build_prompt(processor, sample([photo]), template="plain", box_space="thousand")
+    assert json.loads(prompt.answer) == pytest.approx([100, 200, 500, 800])
+    sizes = (100, 50), (32, 16)
+    assert to_image_box([100, 200, 500, 800], *sizes, "qwen2_5_vl", "thousand") == pytest.approx([10, 10, 50, 40])
+    assert to_image_box([3.2, 3.2, 16, 12.8], *sizes, "qwen3_vl", "pixels") == pytest.approx([10, 10, 50, 40])
+    assert "0..1000" in describe_processor(processor, "thousand") and "resized" in describe_processor(processor)
+    with pytest.raises(ValueError, match="'percent' is unknown: one of thousand, pixels"):
+        to_model_box([0, 0, 1, 1], *sizes, "qwen3_vl", "percent")

@@ -3,6 +3,8 @@
 Whatever a processor returns passes through unopened: it is `input_ids` plus tensors that are joined along their first
 dimension. No class per family, no test of a path: the model type comes from the checkpoint's config.
 Left out: LoRA, video, models whose text attention is not plainly causal (Gemma 3, PaliGemma).
+
+The README's table of families names the source of each box space, and what is assumed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,9 +13,15 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, PROCESSOR_MAPPING_NAMES
-from transformers.utils import is_torchvision_available
 
 from attention import use_shared_prefix
 from data import BadSample, Sample, chat_messages, check_boxes, load_image, move_answer_boxes
@@ -27,16 +35,22 @@ class Family:
     box_space: str  # "pixels" of the resized image, or "thousand": 0..1000 on both axes
     vision: str  # the vision tower
     vision_blocks: str  # its blocks, each sharded by itself
+    frames: int = 1  # what its processor counts each pixel of an image in the budget
 
 
-# Sources: Qwen2.5-VL's report (absolute pixels of the input), Qwen2-VL's and Qwen3-VL's cookbooks, InternVL's and
-# GLM-4.1V's documentation (0..1000). A new family is one row.
+# A new family is one row, and one entry in test_families.py.
 FAMILIES = {
     "qwen2_vl": Family("thousand", "model.visual", "model.visual.blocks"),
     "qwen2_5_vl": Family("pixels", "model.visual", "model.visual.blocks"),
     "qwen3_vl": Family("thousand", "model.visual", "model.visual.blocks"),
+    "qwen3_vl_moe": Family("thousand", "model.visual", "model.visual.blocks"),
     "internvl": Family("thousand", "model.vision_tower", "model.vision_tower.encoder.layer"),
-    "glm4v": Family("thousand", "model.visual", "model.visual.blocks"),
+    "glm4v": Family("thousand", "model.visual", "model.visual.blocks", frames=2),
+}
+REFUSED = {
+    "gemma3": "tokens of an image see each other both ways and some layers see a window only; a packed row is causal",
+    "paligemma": "the prompt sees itself both ways; a packed row is causal",
+    "internvl_chat": "the checkpoint brings its own code; take the one converted for transformers, named ...-hf",
 }
 
 
@@ -62,10 +76,12 @@ class Prompt(Mapping[str, Tensor]):
 
 def family_of(model_type: str) -> Family:
     """The row of a model type, or the list of those that work."""
+    if model_type in REFUSED:
+        raise ValueError(f"model type {model_type!r} is not supported: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
         raise ValueError(
             f"model type {model_type!r} is not supported: one of {', '.join(FAMILIES)}; "
-            "a new one is a row in vlm.FAMILIES if its text attention is causal"
+            "a new one is a row in vlm.FAMILIES if its text attention is causal and the images of several prompts join"
         )
     return FAMILIES[model_type]
 
@@ -78,16 +94,27 @@ def load_model(
     min_pixels: int = 3136,
     freeze_vision: bool = False,
     gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model, on the CPU and in eval mode, and its processor with the pixel budget applied."""
-    family = family_of(AutoConfig.from_pretrained(name_or_path).model_type)
-    model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa")
+    # Read as JSON: an unsupported checkpoint is refused before any code that it brings could run.
+    family = family_of(PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type", ""))
+    # Never left at None, which asks at the terminal, in every process.
+    remote = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(name_or_path, **remote)
+    layers = {*(getattr(config.get_text_config(), "layer_types", None) or [])}
+    if layers - {"full_attention"}:
+        raise ValueError(
+            f"{name_or_path}: layers of {', '.join(sorted(layers))}; a packed row is causal without a window, "
+            "so only full_attention is supported"
+        )
+    model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa", **remote)
     use_shared_prefix(model)
     if freeze_vision:
         model.get_submodule(family.vision).requires_grad_(False)
     if gradient_checkpointing:
         checkpoint_activations(model)
-    return model.eval(), load_processor(name_or_path, max_pixels=max_pixels, min_pixels=min_pixels)
+    return model.eval(), load_processor(name_or_path, max_pixels=max_pixels, min_pixels=min_pixels, **remote)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -107,23 +134,53 @@ class _ImageOnly:
 
 
 def image_only(processor_class: type) -> type:
-    """The processor class without its video part, for use where torchvision is not installed."""
+    """The processor class without its video part, which works with and without torchvision."""
     return type(processor_class.__name__, (_ImageOnly, processor_class), {})
 
 
-def load_processor(name_or_path: str, *, max_pixels: int = MAX_PIXELS, min_pixels: int = 3136) -> ProcessorMixin:
-    """The checkpoint's processor, padding on the left and with this pixel budget, with or without torchvision."""
-    if is_torchvision_available():
-        processor = AutoProcessor.from_pretrained(name_or_path)
+def load_processor(
+    name_or_path: str, *, max_pixels: int = MAX_PIXELS, min_pixels: int = 3136, trust_remote_code: bool = False
+) -> ProcessorMixin:
+    """The checkpoint's processor, padding on the left and with this pixel budget.
+
+    Transformers picks the image processor: torchvision's where that is installed, else Pillow's.
+    """
+    remote = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(name_or_path, **remote)
+    if type(config) in PROCESSOR_MAPPING:  # image_only with torchvision too: a directory may lack the video part
+        processor = image_only(PROCESSOR_MAPPING[type(config)]).from_pretrained(name_or_path, **remote)
     else:
-        config = AutoConfig.from_pretrained(name_or_path)
-        processor = image_only(PROCESSOR_MAPPING[type(config)]).from_pretrained(name_or_path)
-    size = processor.image_processor.size
-    if "longest_edge" in size and "shortest_edge" in size:  # the Qwen way of saying pixels; tiles have no such budget
+        processor = AutoProcessor.from_pretrained(name_or_path, **remote)
+    if has_pixel_budget(processor):
         # Assigned after loading: given to from_pretrained, `size` is overridden by the config's max_pixels in silence.
-        processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        least, most = counted_pixels(config.model_type, (min_pixels, max_pixels))
+        processor.image_processor.size = {"shortest_edge": least, "longest_edge": most}
     processor.tokenizer.padding_side = "left"
     return processor
+
+
+def has_pixel_budget(processor: ProcessorMixin) -> bool:
+    """Whether images are resized under a budget, which `size` holds the Qwen way; otherwise they are cut into tiles."""
+    size = processor.image_processor.size
+    return "shortest_edge" in size and "longest_edge" in size
+
+
+def counted_pixels(model_type: str, pixels: tuple[int, int]) -> tuple[int, int]:
+    """Least and most pixels of an image as the family's processor counts them: GLM's takes it for a video of two."""
+    frames = family_of(model_type).frames
+    return pixels[0] * frames, pixels[1] * frames
+
+
+def describe_processor(processor: ProcessorMixin, box_space: str = "") -> str:
+    """A line for the start of a run: who reads the images, within which pixels, and where boxes live."""
+    family, images = family_of(family_of_processor(processor)), processor.image_processor
+    size = images.size
+    if has_pixel_budget(processor):
+        pixels = f"{size['shortest_edge'] // family.frames:,} to {size['longest_edge'] // family.frames:,} pixels each"
+    else:
+        pixels = f"in tiles of {size['width']} x {size['height']}, to which the pixel budget does not apply"
+    space = {"pixels": "pixels of the resized image", "thousand": "0..1000"}[box_space or family.box_space]
+    return f"images: {type(images).__name__} of {type(processor).__name__}, {pixels}; boxes: {space}"
 
 
 def family_of_processor(processor: ProcessorMixin) -> str:
@@ -136,11 +193,16 @@ def family_of_processor(processor: ProcessorMixin) -> str:
 
 
 def build_prompt(
-    processor: ProcessorMixin, sample: Sample, *, template: str = "rec", family: str | None = None
+    processor: ProcessorMixin,
+    sample: Sample,
+    *,
+    template: str = "rec",
+    family: str | None = None,
+    box_space: str | None = None,
 ) -> Prompt:
     """The sample as the model reads it, true boxes moved into the space that `family` (a model type) answers in.
 
-    Without `family` it is the one the processor belongs to.
+    Without `family` it is the one the processor belongs to; `box_space` overrides the family's.
     """
     family = family or family_of_processor(processor)
     images = [load_image(path) for path in sample.images]
@@ -148,7 +210,9 @@ def build_prompt(
     try:
         inputs = processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=False)
     except ValueError as error:  # an aspect ratio above 200, or more image marks than images
-        raise BadSample(f"{sample.source}: the processor refuses its images: {error}") from error
+        raise BadSample(
+            f"{sample.source}: the processor refuses its images: {error}; crop or replace the image, or drop the sample"
+        ) from error
     answer, image_size, input_size = sample.answer, None, None
     if images:
         image_size, input_size = images[0].size, _input_size(processor, inputs, images[0].size)
@@ -156,7 +220,7 @@ def build_prompt(
     if sample.has_boxes:
         if not images:
             raise BadSample(f"{sample.source}: boxes without an image; name one or choose rewards that read no boxes")
-        answer = move_answer_boxes(answer, lambda box: to_model_box(box, image_size, input_size, family))
+        answer = move_answer_boxes(answer, lambda box: to_model_box(box, image_size, input_size, family, box_space))
     return Prompt(dict(inputs), answer, sample, image_size, input_size)
 
 
@@ -177,21 +241,41 @@ def _input_size(processor: ProcessorMixin, inputs: dict, image_size: tuple[int, 
 
 
 def to_model_box(
-    box: list[float], image_size: tuple[int, int], input_size: tuple[int, int], family: str
+    box: list[float],
+    image_size: tuple[int, int],
+    input_size: tuple[int, int],
+    family: str,
+    box_space: str | None = None,
 ) -> list[float]:
-    """A box [x1, y1, x2, y2] of the original image in the space `family` answers in; sizes are (width, height)."""
-    width, height = (1000, 1000) if family_of(family).box_space == "thousand" else input_size
+    """A box [x1, y1, x2, y2] of the original image in the space `family` answers in; sizes are (width, height).
+
+    `box_space`, "pixels" or "thousand", overrides the family's.
+    """
+    width, height = _box_frame(input_size, family, box_space)
     x, y = width / image_size[0], height / image_size[1]
     return [box[0] * x, box[1] * y, box[2] * x, box[3] * y]
 
 
 def to_image_box(
-    box: list[float], image_size: tuple[int, int], input_size: tuple[int, int], family: str
+    box: list[float],
+    image_size: tuple[int, int],
+    input_size: tuple[int, int],
+    family: str,
+    box_space: str | None = None,
 ) -> list[float]:
     """The way back: a box the model answered, in pixels of the original image."""
-    width, height = (1000, 1000) if family_of(family).box_space == "thousand" else input_size
+    width, height = _box_frame(input_size, family, box_space)
     x, y = image_size[0] / width, image_size[1] / height
     return [box[0] * x, box[1] * y, box[2] * x, box[3] * y]
+
+
+def _box_frame(input_size: tuple[int, int], family: str, box_space: str | None) -> tuple[int, int]:
+    """Width and height of the whole image in the space that boxes live in."""
+    frames = {"thousand": (1000, 1000), "pixels": input_size}
+    space = box_space or family_of(family).box_space
+    if space not in frames:
+        raise ValueError(f"box_space {space!r} is unknown: one of {', '.join(frames)}")
+    return frames[space]
 
 
 def eos_token_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
