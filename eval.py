@@ -22,17 +22,20 @@ from transformers.hf_argparser import HfArg
 import toy
 from data import BadSample, Sample, answer_boxes, template_text
 from detection import OVDEVAL_GROUPS, coco_map, greedy_precision_recall, nms_ap, ovdeval_overall
+from lora import load_any
 from options import RunConfig, compute_dtype, parse_options
 from parallel import World, all_gather, gathered, launch, process_group, shard_model
 from rewards import average_precision, first_box, iou, load_reward, parse_boxes, reads_boxes
 from rollout import sample_completions
 from run import RunLog, load_samples, seeded_sample
-from vlm import MAX_PIXELS, banned_token_ids, build_prompt, eos_token_ids, load_model, to_image_box
+from vlm import MAX_PIXELS, banned_token_ids, build_prompt, eos_token_ids, to_image_box
 
 
 @dataclass(frozen=True)
 class Config:
-    model: str = HfArg(default=str(toy.MODEL), help="hub name or directory of the model; the toy's start by default")
+    model: str = HfArg(
+        default=str(toy.MODEL), help="hub name or directory of the model or adapter; the toy's start by default"
+    )
     data: list[str] = HfArg(default_factory=list, help="data files, VLM-R1's evaluation JSON or training JSONL")
     image_root: list[str] = HfArg(default_factory=list, help="image directory of each data file, or one for all")
     task: Literal["rec", "detection", "text"] = HfArg(
@@ -267,7 +270,7 @@ def answer_sets(config: Config, world: World) -> dict[str, list[dict]]:
         progress=world.first,
     )
     dtype = compute_dtype(config.dtype)
-    model, processor = load_model(config.model, max_pixels=config.max_pixels, min_pixels=config.min_pixels, dtype=dtype)
+    model, processor = load_any(config.model, max_pixels=config.max_pixels, min_pixels=config.min_pixels, dtype=dtype)
     model = shard_model(model, world, compute_dtype=dtype, trained=False)
     return {
         Path(path).stem: greedy_rows(

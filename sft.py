@@ -35,6 +35,7 @@ from run import (
     open_run,
     peak_memory_gb,
     set_learning_rate,
+    step_seed,
     timed,
     total_steps,
 )
@@ -125,6 +126,7 @@ def main(config: Config) -> None:
             rate = set_learning_rate(
                 optimizers, learning_rate_factor(step, steps, config.warmup_steps, config.schedule)
             )
+            torch.manual_seed(step_seed(config, step, world))  # of dropout
             with timed("learn", world) as seconds:
                 figures = train_step(policy, processor, optimizers, feed.take(step), blank, config, world)
             done = step + 1

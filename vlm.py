@@ -2,9 +2,10 @@
 
 Whatever a processor returns passes through unopened: it is `input_ids` plus tensors that are joined along their first
 dimension. No class per family, no test of a path: the model type comes from the checkpoint's config.
-Left out: LoRA, video, models whose text attention is not plainly causal (Gemma 3, PaliGemma).
+Left out: video, models whose text attention is not plainly causal (Gemma 3, PaliGemma).
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ class Family:
     box_space: str  # "pixels" of the resized image, or "thousand": 0..1000 on both axes
     vision: str  # the vision tower
     vision_blocks: str  # its blocks, each sharded by itself
+    # Modules between tower and language model, as a regular expression; in InternVL they stand beside the tower.
+    projector: str = r"model\.visual\.(merger|deepstack_merger_list\.\d+|downsample)"
 
 
 # Sources: Qwen2.5-VL's report (absolute pixels of the input), Qwen2-VL's and Qwen3-VL's cookbooks, InternVL's and
@@ -34,7 +37,9 @@ FAMILIES = {
     "qwen2_vl": Family("thousand", "model.visual", "model.visual.blocks"),
     "qwen2_5_vl": Family("pixels", "model.visual", "model.visual.blocks"),
     "qwen3_vl": Family("thousand", "model.visual", "model.visual.blocks"),
-    "internvl": Family("thousand", "model.vision_tower", "model.vision_tower.encoder.layer"),
+    "internvl": Family(
+        "thousand", "model.vision_tower", "model.vision_tower.encoder.layer", r"model\.multi_modal_projector"
+    ),
     "glm4v": Family("thousand", "model.visual", "model.visual.blocks"),
 }
 
@@ -79,10 +84,11 @@ def load_model(
     gradient_checkpointing: bool = False,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model, on the CPU and in eval mode, and its processor with the pixel budget applied."""
-    family = family_of(AutoConfig.from_pretrained(name_or_path).model_type)
+    family_of(AutoConfig.from_pretrained(name_or_path).model_type)  # refused before it is loaded
     model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa")
     if freeze_vision:
-        model.get_submodule(family.vision).requires_grad_(False)
+        for name in vision_modules(model):
+            model.get_submodule(name).requires_grad_(False)
     if gradient_checkpointing:
         checkpoint_activations(model)
     return model.eval(), load_processor(name_or_path, max_pixels=max_pixels, min_pixels=min_pixels)
@@ -225,3 +231,19 @@ def banned_token_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters that are trained."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def projector_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules that take what the tower sees to the language model."""
+    pattern = family_of(model.config.model_type).projector
+    return [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+
+
+def vision_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the vision tower and of its projector."""
+    return [family_of(model.config.model_type).vision, *projector_modules(model)]
+
+
+def is_vision(model: PreTrainedModel, name: str) -> bool:
+    """Whether a parameter or module of that name belongs to the vision tower or its projector."""
+    return any(f"{name}.".startswith(f"{module}.") for module in vision_modules(model))
