@@ -189,6 +189,8 @@ def test_with_the_adapters_off_the_model_is_its_base_bit_for_bit(checkpoint, tra
     base, _ = load_model(checkpoint)
     prompts, completions = make_prompts(processor, (1, 0)), make_completions(base, 2)
     model.train(training)
+    for layer in model.model.language_model.layers:  # a base may have dropout of its own: it is off too
+        layer.self_attn.attention_dropout = 0.5
     with torch.no_grad():
         with adapters_off(model):
             off = completion_logprobs(model, prompts, completions)
@@ -199,6 +201,13 @@ def test_with_the_adapters_off_the_model_is_its_base_bit_for_bit(checkpoint, tra
         assert a.equal(c) and (b - c).abs().max() > 1e-3
 
 
+def length_reward(directory):
+    """A reward that an untrained model earns now and then: without one nothing would move."""
+    path = directory / "mine.py"
+    path.write_text("def length(completion, answer):\n    return len(completion) % 5 / 4\n")
+    return ["--rewards", f"{path}:length"]
+
+
 def test_the_kl_penalty_is_measured_from_the_base_and_no_second_model_is_loaded(
     checkpoint, scenes, tmp_path, monkeypatch
 ):
@@ -206,9 +215,8 @@ def test_the_kl_penalty_is_measured_from_the_base_and_no_second_model_is_loaded(
         raise AssertionError("a reference was loaded")
 
     monkeypatch.setattr(train, "load_reference", no_reference)
-    (tmp_path / "mine.py").write_text("def length(completion, answer):\n    return len(completion) % 5 / 4\n")
     rows = run(checkpoint, scenes, tmp_path / "out", "--lora_rank", "4", "--lora_dropout", "0.5", "--steps", "3",
-               "--eval_every", "0", "--learning_rate", "0.02", "--rewards", f"{tmp_path}/mine.py:length")  # fmt: skip
+               "--eval_every", "0", "--learning_rate", "0.02", *length_reward(tmp_path))  # fmt: skip
     assert rows[0]["kl"] == 0 and all(row["kl"] > 1e-6 for row in rows[1:])  # it starts at the base and leaves it
     assert rows[0]["draw_gap_max"] < 1e-5 < 1e-3 < rows[2]["draw_gap_max"]  # dropout: off in drawing, on in training
 
@@ -319,7 +327,8 @@ def test_a_merge_is_summed_in_fp32_and_saved_as_the_base_was(checkpoint, tmp_pat
     name = "model.language_model.layers.2.mlp.gate_proj"
     layer = model.get_submodule(name)
     exact = layer.weight.double() + 12 / 4 * layer.lora_B.double() @ layer.lora_A.double()
-    assert merged.get_parameter(f"{name}.weight").equal(exact.float().bfloat16())
+    difference = merged.get_parameter(f"{name}.weight").double() - exact
+    assert (difference.abs() <= 2**-8 * exact.abs() + 1e-8).all()  # rounded once: half of bf16's last place
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------
@@ -338,7 +347,7 @@ def files_of(directory):
     ],
 )
 def test_a_resumed_run_is_bit_for_bit_the_run_that_was_not_interrupted(checkpoint, scenes, tmp_path, more):
-    shared = ["--eval_every", "0", "--save_every", "2", "--num_iterations", "2", *more]
+    shared = ["--eval_every", "0", "--save_every", "2", "--num_iterations", "2", *length_reward(tmp_path), *more]
     whole = run(checkpoint, scenes, tmp_path / "whole", "--steps", "4", *shared)
     run(checkpoint, scenes, tmp_path / "cut", "--steps", "2", *shared)
     train.main(parse_options(train.Config, ["--resume", str(tmp_path / "cut"), "--steps", "4"], {}))
@@ -371,11 +380,11 @@ def test_a_checkpoint_holds_the_adapter_its_tokenizer_and_the_state_of_what_is_t
 def test_supervised_training_of_adapters_learns_and_can_be_merged(checkpoint, scenes, tmp_path):
     argv = ["--model", checkpoint, "--data", str(scenes / "train.jsonl"), "--eval_data", str(scenes / "test.jsonl"),
             "--template", "plain", "--output_dir", str(tmp_path / "out"), "--prompts_per_step", "8", "--min_pixels",
-            "256", "--learning_rate", "3e-2", "--steps", "12", "--max_completion_tokens", "24", "--eval_every", "0",
+            "256", "--learning_rate", "1e-2", "--steps", "12", "--max_completion_tokens", "24", "--eval_every", "0",
             "--lora_rank", "8", "--lora_dropout", "0.1"]  # fmt: skip
     sft.main(parse_options(sft.Config, argv, {}))
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    assert rows[-1]["loss"] < 0.75 * rows[0]["loss"]
     lora.merge(str(tmp_path / "out" / "checkpoints" / "step-000012"), str(tmp_path / "merged"))
     assert load_model(str(tmp_path / "merged"))[0].num_parameters() == load_model(checkpoint)[0].num_parameters()
 
