@@ -27,7 +27,7 @@ from lora import add_adapters, choose_layers
 from options import RunConfig, compute_dtype
 from parallel import World, all_gather, all_sum, load_training_state, save_checkpoint, shard_model
 from rollout import plan_rows
-from vlm import Prompt, build_prompt, is_vision, load_model, projector_modules, trainable
+from vlm import Prompt, build_prompt, is_within, load_model, projector_modules, trainable, vision_modules
 
 MAX_BAD_SHARE = 0.01  # of the samples used; more than that is a broken data set, not a broken file
 
@@ -70,8 +70,11 @@ def choose_trained(model: nn.Module, config: RunConfig) -> None:
     """Puts adapters on the model and freezes all else where LoRA is on; frees the projector where that is asked for."""
     if config.lora_rank:
         layers = choose_layers(model, config.lora_targets)
-        if config.freeze_vision and (seen := [name for name in layers if is_vision(model, name)]):
+        vision, projector = vision_modules(model), projector_modules(model)
+        if config.freeze_vision and (seen := [name for name in layers if is_within(name, vision)]):
             raise ValueError(f"lora_targets mean {seen[0]}, which freeze_vision freezes: leave one of the two out")
+        if config.train_projector and (seen := [name for name in layers if is_within(name, projector)]):
+            raise ValueError(f"lora_targets mean {seen[0]}, all of which train_projector trains: leave one out")
         model.requires_grad_(False)
         add_adapters(
             model,
@@ -103,8 +106,8 @@ def make_optimizers(model: nn.Module, config: RunConfig) -> list[torch.optim.Opt
     """
     head = model.get_output_embeddings().weight
     embeddings = model.get_input_embeddings().weight
-    named = trainable(model)
-    vision = {id(p) for name, p in named if config.vision_learning_rate and is_vision(model, name)}
+    named, modules = trainable(model), vision_modules(model) if config.vision_learning_rate else []
+    vision = {id(p) for name, p in named if is_within(name, modules)}
     if config.vision_learning_rate and not vision:
         raise ValueError(
             f"vision_learning_rate is {config.vision_learning_rate} where nothing of the vision tower is trained: "

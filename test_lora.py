@@ -178,6 +178,8 @@ def test_adapters_in_a_tower_that_is_to_stay_frozen_are_refused(checkpoint):
     assert list(adapted_layers(model)) == [f"model.visual.blocks.{n}.attn.qkv" for n in (0, 1)]
     with pytest.raises(ValueError, match="lora_targets mean model.visual.blocks.0.attn.qkv, which freeze_vision"):
         load_policy(replace(config, freeze_vision=True), ALONE)
+    with pytest.raises(ValueError, match="lora_targets mean model.visual.merger.mlp.0, all of which train_projector"):
+        load_policy(replace(config, lora_targets=[".*merger.mlp.0"], train_projector=True), ALONE)
 
 
 # ---- the base is the reference -------------------------------------------------------------------------------------
@@ -273,6 +275,50 @@ def test_peft_reads_a_checkpoint_and_gives_our_logits(checkpoint, tmp_path, chan
     assert (ours - plain).abs().max() > 0.1 and torch.allclose(logits(wrapped, processor), ours, atol=1e-5)
     again, _ = load_any(str(tmp_path / "out"))
     assert not again.training and logits(again, processor).equal(ours)
+
+
+def small(model_type):
+    """A random model of the family, small enough to compute with."""
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 99}  # fmt: skip
+    text |= (
+        {"model_type": "qwen2"}
+        if model_type == "internvl"
+        else {"rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [1, 1, 2]}}
+    )
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 32,
+              "num_hidden_layers": 2, "num_attention_heads": 2, "deepstack_visual_indexes": [0]}  # fmt: skip
+    if model_type == "qwen2_vl":
+        vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2}
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](text_config=text, vision_config=vision)
+    return AutoModelForImageTextToText.from_config(config).eval()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_peft_and_a_merged_copy_agree_with_us_in_every_family(model_type, tmp_path):
+    model, base = small(model_type), small(model_type)
+    inputs = {"input_ids": torch.arange(1, 9)[None], "attention_mask": torch.ones(1, 8)}
+    plain = base(**inputs).logits
+    choose_trained(model, replace(LORA, train_projector=True))
+    shake(model)
+    for name in projector_modules(model):
+        for parameter in model.get_submodule(name).parameters():
+            parameter.data += 1
+    lora.save_adapter(tmp_path, model, dict(trainable(model)), "base")
+    ours = model(**inputs).logits
+    wrapped = PeftModel.from_pretrained(base, tmp_path)
+    assert (ours - plain).abs().max() > 1e-3 and torch.allclose(wrapped(**inputs).logits, ours, atol=1e-6)
+    lora.load_adapter(again := small(model_type), tmp_path)
+    merge_adapters(model)
+    model.save_pretrained(tmp_path / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    assert again(**inputs).logits.equal(ours) and torch.allclose(merged(**inputs).logits, ours, atol=1e-5)
+    theirs = {name.replace("modules_to_save.default.", ""): p for name, p in wrapped.named_parameters()}
+    for module in projector_modules(model):
+        for name, parameter in model.get_submodule(module).named_parameters(module):
+            others = (again.get_parameter(name), merged.get_parameter(name), theirs[f"base_model.model.{name}"])
+            assert all(parameter.equal(other) for other in others), name
 
 
 def test_an_adapter_that_peft_wrote_is_read_and_what_it_means_otherwise_is_refused(checkpoint, tmp_path):

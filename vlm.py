@@ -6,7 +6,7 @@ Left out: video, models whose text attention is not plainly causal (Gemma 3, Pal
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -244,6 +244,6 @@ def vision_modules(model: PreTrainedModel) -> list[str]:
     return [family_of(model.config.model_type).vision, *projector_modules(model)]
 
 
-def is_vision(model: PreTrainedModel, name: str) -> bool:
-    """Whether a parameter or module of that name belongs to the vision tower or its projector."""
-    return any(f"{name}.".startswith(f"{module}.") for module in vision_modules(model))
+def is_within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a parameter or module of that name is one of these modules or inside one."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
