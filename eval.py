@@ -22,6 +22,7 @@ from transformers.hf_argparser import HfArg
 import toy
 from data import BadSample, Sample, answer_boxes, template_text
 from detection import OVDEVAL_GROUPS, coco_map, greedy_precision_recall, nms_ap, ovdeval_overall
+from lora import load_any
 from options import RunConfig, compute_dtype, parse_options
 from parallel import World, all_gather, gathered, launch, process_group, shard_model
 from rewards import average_precision, first_box, iou, load_reward, parse_boxes, reads_boxes
@@ -33,14 +34,15 @@ from vlm import (
     build_prompt,
     describe_processor,
     eos_token_ids,
-    load_model,
     to_image_box,
 )
 
 
 @dataclass(frozen=True)
 class Config:
-    model: str = HfArg(default=str(toy.MODEL), help="hub name or directory of the model; the toy's start by default")
+    model: str = HfArg(
+        default=str(toy.MODEL), help="hub name or directory of the model or adapter; the toy's start by default"
+    )
     data: list[str] = HfArg(default_factory=list, help="data files, VLM-R1's evaluation JSON or training JSONL")
     image_root: list[str] = HfArg(default_factory=list, help="image directory of each data file, or one for all")
     task: Literal["rec", "detection", "text"] = HfArg(
@@ -283,7 +285,7 @@ def answer_sets(config: Config, world: World) -> dict[str, list[dict]]:
         progress=world.first,
     )
     dtype = compute_dtype(config.dtype)
-    model, processor = load_model(
+    model, processor = load_any(
         config.model,
         max_pixels=config.max_pixels,
         min_pixels=config.min_pixels,

@@ -17,6 +17,7 @@ from transformers.hf_argparser import HfArg
 
 import toy
 from data import template_text
+from lora import is_adapter
 from vlm import MAX_PIXELS
 
 # Options that another value than the saved one may be given for when a run is resumed; the others make it another run.
@@ -43,7 +44,16 @@ class RunConfig:
         default="", help="where boxes live: pixels of the resized image, or 0..1000; the family's own by default"
     )
     trust_remote_code: bool = HfArg(default=False, help="run the code that a checkpoint brings along")
-    freeze_vision: bool = HfArg(default=False, help="leave the vision tower as it is")
+    freeze_vision: bool = HfArg(default=False, help="leave the vision tower and its projector as they are")
+    train_projector: bool = HfArg(default=False, help="but train the projector: with freeze_vision, or beside LoRA")
+    lora_rank: int = HfArg(default=0, help="train adapters of this rank and nothing else; 0 trains the weights")
+    lora_alpha: int = HfArg(default=0, help="adapters count alpha / rank; 0 for twice the rank")
+    lora_dropout: float = HfArg(default=0.0, help="share of an adapter's inputs dropped in training, never in drawing")
+    lora_targets: list[str] = HfArg(
+        default_factory=list,
+        help="layers with an adapter, as names (q_proj v_proj) or regular expressions of whole names; by default every "
+        "linear layer of the language model's decoder",
+    )
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, a third more time")
     dtype: Literal["auto", "bf16", "fp32"] = HfArg(
         default="auto", help="compute in; auto is bf16 on a GPU. Masters are fp32"
@@ -59,6 +69,7 @@ class RunConfig:
         default="adamw", help="muon: on the matrices, AdamW at a tenth on the rest"
     )
     learning_rate: float = HfArg(default=1e-6, help="peak learning rate")
+    vision_learning_rate: float = HfArg(default=0.0, help="that of the vision tower and projector; 0 for the same")
     schedule: Literal["constant", "linear", "cosine", "trapezoid"] = HfArg(
         default="constant", help="after the warm-up: stay, fall to 0, or (trapezoid) fall over the last quarter"
     )
@@ -111,7 +122,18 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
         if self.row_tokens != "auto" and not (self.row_tokens.isdigit() and int(self.row_tokens) > 0):
             raise ValueError(f"row_tokens is {self.row_tokens!r}: a number of tokens above 0, or auto, is expected")
-        for name in ("steps", "warmup_steps", "weight_decay", "held_out", "eval_every", "eval_limit", "seed"):
+        for name in (
+            "steps",
+            "warmup_steps",
+            "weight_decay",
+            "held_out",
+            "eval_every",
+            "eval_limit",
+            "seed",
+            "vision_learning_rate",
+            "lora_rank",
+            "lora_alpha",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
         if self.steps == 0 and self.epochs <= 0:
@@ -125,7 +147,31 @@ class RunConfig:
                 raise ValueError(
                     f"{board} is asked for and not installed: pip install {board}, or leave the option out"
                 )
+        self._check_what_is_trained()
         template_text(self.template)
+
+    def _check_what_is_trained(self) -> None:
+        if is_adapter(self.model):
+            raise ValueError(
+                f"model {self.model} is a LoRA adapter: merge it first, python lora.py merge {self.model} OUT, and "
+                "train OUT; to go on with its run, --resume that"
+            )
+        if not self.lora_rank:
+            for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+                if value := getattr(self, name):
+                    raise ValueError(f"{name} is {value} without LoRA: give a --lora_rank, or leave it out")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}: 0 <= lora_dropout < 1 is expected")
+        if self.train_projector and not (self.freeze_vision or self.lora_rank):
+            raise ValueError(
+                "train_projector is set where all is trained: add --freeze_vision or --lora_rank, or leave it out"
+            )
+        frozen = (self.freeze_vision or (self.lora_rank and not self.lora_targets)) and not self.train_projector
+        if self.vision_learning_rate and frozen:
+            raise ValueError(
+                f"vision_learning_rate is {self.vision_learning_rate} where nothing of the vision tower is trained: "
+                "add --train_projector, or leave it out"
+            )
 
 
 def parse_options(config_class: type, argv: Sequence[str], preset: dict, defaults_of: Callable | None = None):

@@ -4,9 +4,9 @@ One process per GPU, started here or by torchrun. FSDP2 shards each decoder laye
 masters stay fp32 while bf16 computes, since at a learning rate of 1e-6 bf16 weights lose their updates. The CPU in fp32
 runs the same code without sharding. Left out: tensor, context and pipeline parallelism, CPU offload.
 
-A checkpoint is a Hugging Face directory (the weights as they computed) plus the training state: per rank one
-safetensors file with its rows of the fp32 masters and of the optimizer's moments, and one JSON. Nothing in it is
-unpickled, and any number of ranks can read it, because a shard is a range of rows.
+A checkpoint is a Hugging Face directory (the weights as they computed; PEFT's where adapters are trained) plus the
+training state: per rank one safetensors file with its rows of the fp32 masters and of the optimizer's moments, and one
+JSON. Nothing in it is unpickled, and any number of ranks can read it, because a shard is a range of rows.
 """
 
 import json
@@ -34,6 +34,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
+from lora import adapted_layers, save_adapter
 from rollout import image_features, next_logits, row_logprobs
 from vlm import DECODER_LAYERS, counted_pixels, family_of, trainable
 
@@ -159,12 +160,18 @@ def shard_model(model: nn.Module, world: World, *, compute_dtype: torch.dtype, t
     # The root casts the pixels. A block's inputs are cast already, but for the vision tower's fp32 rotary angles.
     block_policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
     blocks = model.get_submodule(family_of(model.config.model_type).vision_blocks)
-    for block in [*model.get_submodule(DECODER_LAYERS), *blocks]:
-        fully_shard(block, mesh=world.mesh, mp_policy=block_policy)
+    layers, alone = model.get_submodule(DECODER_LAYERS), world.mesh["shard"].size() == 1
+    # A process that holds all of the model needs FSDP only to cast: what is frozen and cast already would be copied.
+    still = {p for p in model.parameters() if alone and p.dtype == compute_dtype and not p.requires_grad}
+    for block in [*layers, *blocks]:
+        fully_shard(block, mesh=world.mesh, mp_policy=block_policy, ignored_params=still)
     # The root holds the embeddings and the head, tied or not, and all between the blocks. It stays gathered from its
     # forward to its backward; a reference has no backward to free it again.
     root_policy = MixedPrecisionPolicy(**dtypes)
-    fully_shard(model, mesh=world.mesh, mp_policy=root_policy, reshard_after_forward=not trained)
+    fully_shard(model, mesh=world.mesh, mp_policy=root_policy, reshard_after_forward=not trained, ignored_params=still)
+    if not any(parameter.requires_grad for parameter in blocks.parameters()):
+        # The backward of a layer gathers the block that ran before it, which here is a frozen one without a backward.
+        layers[0].set_modules_to_backward_prefetch([model])
     for function in (row_logprobs, next_logits, image_features):
         setattr(model, function.__name__, MethodType(function, model))
         register_fsdp_forward_method(model, function.__name__)
@@ -228,7 +235,7 @@ def save_checkpoint(
     dtype: torch.dtype,
     pixels: tuple[int, int],
 ) -> None:
-    """Writes a Hugging Face directory plus training state beside `directory`, then renames: it is whole or not there.
+    """Writes model and training state beside `directory`, then renames: it is whole or not there.
 
     `source` is where the model came from: tokenizer and processor files are copied, with the pixel budget (least, most)
     of the training. `state` goes into trainer.json.
@@ -239,9 +246,12 @@ def save_checkpoint(
             shutil.rmtree(left)
         partial.mkdir(parents=True)
     barrier(world)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    adapters = bool(adapted_layers(model))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters)
     weights = model.state_dict() if world.mesh is None else get_model_state_dict(model, options=options)
-    if world.first:
+    if world.first and adapters:
+        save_adapter(partial, model, {name: weights[name] for name, _ in trainable(model)}, source)
+    elif world.first:
         weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
         if (
             model.config.tie_word_embeddings
@@ -250,6 +260,7 @@ def save_checkpoint(
         # not safetensors by hand: it maps names back to the hub's
         model.save_pretrained(partial, state_dict=weights, max_shard_size=SHARD_SIZE)
         _set_config_dtype(partial / "config.json", dtype)
+    if world.first:
         copy_side_files(source, partial, counted_pixels(model.config.model_type, pixels))
         (partial / "trainer.json").write_text(json.dumps({**state, "num_shards": _num_shards(world)}, indent=1))
     if _shard_index(world) is not None:

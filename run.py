@@ -27,10 +27,20 @@ from transformers import ProcessorMixin
 
 from data import BadSample, Sample, check_samples, read_samples, step_indices
 from grpo import CHUNK_LOGITS
+from lora import add_adapters, choose_layers
 from options import RunConfig, compute_dtype
 from parallel import World, all_gather, all_sum, load_training_state, save_checkpoint, shard_model
 from rollout import plan_rows
-from vlm import Prompt, build_prompt, describe_processor, load_model, trainable
+from vlm import (
+    Prompt,
+    build_prompt,
+    describe_processor,
+    is_within,
+    load_model,
+    projector_modules,
+    trainable,
+    vision_modules,
+)
 
 ACTIVATIONS = "activations of a row"
 MIN_ROW_TOKENS, MAX_ROW_TOKENS = 256, 65_536  # between which --row_tokens auto looks
@@ -52,13 +62,15 @@ def open_run(config: RunConfig, world: World) -> Path:
 
 
 def load_policy(config: RunConfig, world: World) -> tuple[nn.Module, ProcessorMixin]:
-    """The model to train, sharded, with fp32 masters, and its processor."""
+    """The model to train, sharded, and its processor: fp32 masters of what is trained, the rest as it computes."""
     if config.prompts_per_step < world.size:
         raise ValueError(
             f"prompts_per_step {config.prompts_per_step} is below the {world.size} processes: each needs a prompt"
         )
+    dtype = compute_dtype(config.dtype)
     model, processor = load_model(
         config.model,
+        dtype=dtype if config.lora_rank else torch.float32,
         max_pixels=config.max_pixels,
         min_pixels=config.min_pixels,
         freeze_vision=config.freeze_vision,
@@ -67,7 +79,33 @@ def load_policy(config: RunConfig, world: World) -> tuple[nn.Module, ProcessorMi
     )
     if world.first:
         tqdm.write(describe_processor(processor, config.box_space))
-    return shard_model(model, world, compute_dtype=compute_dtype(config.dtype)), processor
+    choose_trained(model, config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+    return shard_model(model, world, compute_dtype=dtype), processor
+
+
+def choose_trained(model: nn.Module, config: RunConfig) -> None:
+    """Puts adapters on the model and freezes all else where LoRA is on; frees the projector where that is asked for."""
+    if config.lora_rank:
+        layers = choose_layers(model, config.lora_targets)
+        vision, projector = vision_modules(model), projector_modules(model)
+        if config.freeze_vision and (seen := [name for name in layers if is_within(name, vision)]):
+            raise ValueError(f"lora_targets mean {seen[0]}, which freeze_vision freezes: leave one of the two out")
+        if config.train_projector and (seen := [name for name in layers if is_within(name, projector)]):
+            raise ValueError(f"lora_targets mean {seen[0]}, all of which train_projector trains: leave one out")
+        model.requires_grad_(False)
+        add_adapters(
+            model,
+            layers,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha or 2 * config.lora_rank,
+            dropout=config.lora_dropout,
+            seed=config.seed,
+        )
+    if config.train_projector:
+        for name in projector_modules(model):
+            model.get_submodule(name).requires_grad_(True)
 
 
 def load_reference(config: RunConfig, world: World) -> nn.Module:
@@ -81,20 +119,35 @@ def load_reference(config: RunConfig, world: World) -> nn.Module:
 
 
 def make_optimizers(model: nn.Module, config: RunConfig) -> list[torch.optim.Optimizer]:
-    """AdamW over all trained parameters; or Muon over the matrices and AdamW, at a tenth of its rate, over the rest."""
+    """AdamW over all trained parameters; or Muon over the matrices and AdamW, at a tenth of its rate, over the rest.
+
+    The vision tower's are groups of their own where it has its own learning rate.
+    """
     head = model.get_output_embeddings().weight
     embeddings = model.get_input_embeddings().weight
-    parameters = [parameter for _, parameter in trainable(model)]
+    named, modules = trainable(model), vision_modules(model) if config.vision_learning_rate else []
+    vision = {id(p) for name, p in named if is_within(name, modules)}
+    if config.vision_learning_rate and not vision:
+        raise ValueError(
+            f"vision_learning_rate is {config.vision_learning_rate} where nothing of the vision tower is trained: "
+            "leave it out"
+        )
+
+    def groups(parameters: list[nn.Parameter], share: float = 1.0) -> list[dict]:
+        own = [p for p in parameters if id(p) in vision]
+        other = [p for p in parameters if id(p) not in vision]
+        rates = [(other, config.learning_rate), (own, config.vision_learning_rate)]
+        return [{"params": part, "lr": rate * share} for part, rate in rates if part]
+
+    parameters = [parameter for _, parameter in named]
     adamw = {"weight_decay": config.weight_decay, "fused": parameters[0].is_cuda}
     if config.optimizer == "adamw":
-        return [torch.optim.AdamW(parameters, lr=config.learning_rate, **adamw)]
+        return [torch.optim.AdamW(groups(parameters), **adamw)]
     matrices = [p for p in parameters if p.ndim == 2 and p is not head and p is not embeddings]
     taken = {id(p) for p in matrices}
     rest = [p for p in parameters if id(p) not in taken]
-    return [
-        torch.optim.Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay),
-        torch.optim.AdamW(rest, lr=config.learning_rate / 10, **adamw),
-    ]
+    muon = torch.optim.Muon(groups(matrices), weight_decay=config.weight_decay)
+    return [muon, torch.optim.AdamW(groups(rest, 0.1), **adamw)] if rest else [muon]  # adapters are all matrices
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int, schedule: str) -> float:
@@ -117,6 +170,11 @@ def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
     return optimizers[0].param_groups[0]["lr"]
+
+
+def step_seed(config: RunConfig, step: int, world: World) -> int:
+    """A function of seed, step and rank: no random state to save, and no two ranks draw the same."""
+    return (config.seed * 1_000_003 + step) * 65_537 + world.rank
 
 
 def total_steps(config: RunConfig, num_samples: int) -> int:
@@ -476,7 +534,7 @@ def memory_estimate(
 ) -> dict[str, float]:
     """GB per GPU of what a step holds, by arithmetic; activations are the roughest of the terms."""
     text = model.config.get_text_config()
-    total = sum(p.numel() for p in model.parameters())
+    total, held = sum(p.numel() for p in model.parameters()), sum(p.numel() * p.itemsize for p in model.parameters())
     trained = sum(p.numel() for _, p in trainable(model))
     shards = 1 if world.mesh is None else world.mesh["shard"].size()
     width = compute_dtype(config.dtype).itemsize
@@ -484,8 +542,8 @@ def memory_estimate(
         2 * text.hidden_size if config.gradient_checkpointing else 14 * text.hidden_size + 4 * text.intermediate_size
     )
     terms = {
-        "masters, gradients, moments": (4 * total + 12 * trained) / shards,
-        "whole copy while drawing": width * total if world.mesh is not None else 0,
+        "weights, gradients, moments": (held + 12 * trained) / shards,
+        "whole copy while drawing": width * (total if shards > 1 else trained) if world.mesh is not None else 0,
         "reference": width * total / shards if reference else 0,
         ACTIVATIONS: row_tokens * text.num_hidden_layers * layer_width * width,
         "logits of a chunk": 3 * 4 * CHUNK_LOGITS[world.device.type],

@@ -37,6 +37,7 @@ from run import (
     peak_memory_gb,
     row_budget,
     set_learning_rate,
+    step_seed,
     timed,
     total_steps,
 )
@@ -134,6 +135,7 @@ def main(config: Config) -> None:
             rate = set_learning_rate(
                 optimizers, learning_rate_factor(step, steps, config.warmup_steps, config.schedule)
             )
+            torch.manual_seed(step_seed(config, step, world))  # of dropout
             with timed("learn", world) as seconds:
                 figures = train_step(policy, processor, optimizers, feed.take(step), blank, budget, config, world)
             done = step + 1

@@ -227,6 +227,7 @@ def test_a_packed_row_scores_as_repeated_rows_do(loaded, samples):
 
 def test_a_plain_causal_mask_fails_the_comparison(loaded, samples, monkeypatch):
     model, processor = loaded
+
     def causal(model, layout):
         return {"attention_mask": torch.ones(1, 1, *[layout.groups[-1][-1]] * 2).bool().tril()}
 

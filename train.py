@@ -5,7 +5,7 @@ process per GPU, under VLM-R1's recipe unless told otherwise. The terms of a ste
   draw    G completions of each prompt, from the whole model gathered on every rank
   score   rewards by rule, advantages within the group, log-probs under the reference
   learn   one or more passes of the clipped, KL-penalised loss, a packed row at a time
-Left out: several optimizer steps per pass, replay, reward models, LoRA.
+Left out: several optimizer steps per pass, replay, reward models.
 
 Shapes: B prompts of this rank, G completions each, N = B * G, C tokens of the longest completion.
 """
@@ -28,6 +28,7 @@ from transformers.hf_argparser import HfArg
 import toy
 from eval import evaluate_sets
 from grpo import group_advantages, grpo_loss
+from lora import adapters_off
 from options import RunConfig, compute_dtype, parse_options
 from parallel import (
     World,
@@ -58,6 +59,7 @@ from run import (
     peak_memory_gb,
     row_budget,
     set_learning_rate,
+    step_seed,
     timed,
     total_steps,
 )
@@ -78,7 +80,7 @@ class Config(RunConfig):
     num_iterations: int = HfArg(default=1, help="passes, each an optimizer step, over what a step drew")
     clip_low: float = HfArg(default=0.2, help="the ratio is clipped below 1 - this")
     clip_high: float = HfArg(default=0.2, help="and above 1 + this")
-    beta: float = HfArg(default=0.04, help="weight of the KL penalty; at 0 no reference is loaded")
+    beta: float = HfArg(default=0.04, help="weight of the KL penalty; at 0, and with LoRA, no reference is loaded")
     variant: Literal["grpo", "dapo", "dr_grpo", "gspo"] = HfArg(
         default="grpo", help="how tokens are averaged, see grpo.py"
     )
@@ -377,18 +379,19 @@ def train_step(
 ) -> tuple[dict[str, float], Rollout]:
     """One step of the algorithm: draw, score, learn; its figures and what was drawn."""
     generator = torch.Generator(world.device)
-    # A function of seed, step and rank: no random state to save, and no two ranks draw the same.
-    generator.manual_seed((config.seed * 1_000_003 + step) * 65_537 + world.rank)
+    generator.manual_seed(step_seed(config, step, world))
+    torch.manual_seed(step_seed(config, step, world))  # of dropout
     prompts = feed.take(step)
     with timed("draw", world) as draw:
         rollout = roll_out(policy, processor, prompts, config, generator=generator, **ids)
     banned = ids["banned_ids"]
     with timed("score", world) as score:
-        ref = reference and budget.attempt(
-            lambda tokens: score_rollout(
-                reference, rollout, make_rows(rollout, config, world, blank, tokens), config, banned
+        with adapters_off(policy):  # with LoRA, that is the reference
+            ref = reference and budget.attempt(
+                lambda tokens: score_rollout(
+                    reference, rollout, make_rows(rollout, config, world, blank, tokens), config, banned
+                )
             )
-        )
     with timed("learn", world) as learning:
         figures = learn(policy, optimizers, rollout, ref, config, world, blank, banned, budget)
     seconds = {**draw, **score, **learning}
@@ -439,12 +442,12 @@ def main(config: Config) -> None:
                 world,
                 steps,
                 completions=config.group_size,
-                reference=config.beta > 0,
+                reference=config.beta > 0 and not config.lora_rank,
             )
             if world.first:
                 print(text)
             return
-        reference = load_reference(config, world) if config.beta else None
+        reference = (policy if config.lora_rank else load_reference(config, world)) if config.beta else None
         optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
         if tower_is_frozen(policy):
             with gathered(policy):

@@ -2,12 +2,13 @@
 
 Whatever a processor returns passes through unopened: it is `input_ids` plus tensors that are joined along their first
 dimension. No class per family, no test of a path: the model type comes from the checkpoint's config.
-Left out: LoRA, video, models whose text attention is not plainly causal (Gemma 3, PaliGemma).
+Left out: video, models whose text attention is not plainly causal (Gemma 3, PaliGemma).
 
 The README's table of families names the source of each box space, and what is assumed.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,8 @@ class Family:
     vision: str  # the vision tower
     vision_blocks: str  # its blocks, each sharded by itself
     frames: int = 1  # what its processor counts each pixel of an image in the budget
+    # Modules between tower and language model, as a regular expression; in InternVL they stand beside the tower.
+    projector: str = r"model\.visual\.(merger|deepstack_merger_list\.\d+|downsample)"
 
 
 # A new family is one row, and one entry in test_families.py.
@@ -44,7 +47,12 @@ FAMILIES = {
     "qwen2_5_vl": Family("pixels", "model.visual", "model.visual.blocks"),
     "qwen3_vl": Family("thousand", "model.visual", "model.visual.blocks"),
     "qwen3_vl_moe": Family("thousand", "model.visual", "model.visual.blocks"),
-    "internvl": Family("thousand", "model.vision_tower", "model.vision_tower.encoder.layer"),
+    "internvl": Family(
+        "thousand",
+        "model.vision_tower",
+        "model.vision_tower.encoder.layer",
+        projector=r"model\.multi_modal_projector",
+    ),
     "glm4v": Family("thousand", "model.visual", "model.visual.blocks", frames=2),
 }
 REFUSED = {
@@ -98,7 +106,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model, on the CPU and in eval mode, and its processor with the pixel budget applied."""
     # Read as JSON: an unsupported checkpoint is refused before any code that it brings could run.
-    family = family_of(PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type", ""))
+    family_of(PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type", ""))
     # Never left at None, which asks at the terminal, in every process.
     remote = {"trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(name_or_path, **remote)
@@ -111,7 +119,8 @@ def load_model(
     model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa", **remote)
     use_shared_prefix(model)
     if freeze_vision:
-        model.get_submodule(family.vision).requires_grad_(False)
+        for name in vision_modules(model):
+            model.get_submodule(name).requires_grad_(False)
     if gradient_checkpointing:
         checkpoint_activations(model)
     return model.eval(), load_processor(name_or_path, max_pixels=max_pixels, min_pixels=min_pixels, **remote)
@@ -311,3 +320,19 @@ def banned_token_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters that are trained."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def projector_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules that take what the tower sees to the language model."""
+    pattern = family_of(model.config.model_type).projector
+    return [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+
+
+def vision_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the vision tower and of its projector."""
+    return [family_of(model.config.model_type).vision, *projector_modules(model)]
+
+
+def is_within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a parameter or module of that name is one of these modules or inside one."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
