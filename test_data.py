@@ -1,6 +1,7 @@
 """data.py on small files in the real formats, good and broken."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def record(answer="[1, 2, 30, 20]", question="<image>the red thing", **more):
 def test_training_jsonl_of_vlm_r1_is_read(root):
     [sample] = read_samples(write(root, record("<answer> [1, 2, 30, 20] </answer>")), root)
     assert sample == Sample("7", "<image>the red thing", "[1, 2, 30, 20]", (str(root / "a.png"),), "", True,
-                            f"{root}/train.jsonl:1")  # fmt: skip
+                            f"{root}/train.jsonl:1", os.path.realpath(root))  # fmt: skip
 
 
 def test_evaluation_json_of_vlm_r1_is_read(root):
