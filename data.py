@@ -375,9 +375,12 @@ def _header_size(path: str) -> tuple[int, int] | str:
 
 
 def _shown_size(image: Image.Image) -> tuple[int, int]:
+    if image.format == "TIFF":  # opening has turned it
+        return image.size
     # getexif decodes a whole PNG in search of a block that may follow the pixels; opening has read what precedes them.
-    exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-    sideways = exif.get(0x0112, 1) >= 5  # orientation: turned by a quarter
+    before = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys()
+    exif = image.getexif() if image.format != "PNG" or before else {}
+    sideways = exif.get(0x0112) in (5, 6, 7, 8)  # orientations turned by a quarter
     return image.size[::-1] if sideways else image.size
 
 
