@@ -278,6 +278,7 @@ RECORDS = {
     "turns that are a text": refused("conversations", second=b'{"conversations": "hello"}'),
     "a turn without a value": refused("conversations", second=line().replace(b'"value"', b'"text"')),
     "the speakers swapped": refused("human", second=line().replace(b"human", b"x").replace(b"gpt", b"human")),
+    "a question for an answer": refused("human", second=line().replace(b"gpt", b"human")),
     "a system turn for a question": refused("human", second=line().replace(b"human", b"system")),
     "an image that is a number": refused('"image" is 3', second=line(image=3)),
     "a null image": refused('"image" is None', second=line(image=None)),
@@ -300,7 +301,10 @@ RECORDS = {
     "a box in a sentence": refused("seems to hold boxes", second=line("It is at [8, 8, 24, 24].")),
     "one bad box among good ones": refused("seems to hold boxes", second=line(
         '[{"bbox_2d": [8, 8, 24, 24], "label": "a"}, {"bbox_2d": [8, 8, 24], "label": "b"}]')),
-    "two boxes for one key": refused("seems to hold boxes", second=line('{"bbox_2d": [8, 8, 24, 24], "bbox_2d": []}')),
+    "a bad box under a method of its own": refused("seems to hold boxes", second=line(
+        '[{"bbox_2d": [8, 8, 24], "label": "b"}]', accu_reward_method="odLength")),
+    "two boxes for one key": refused(
+        "seems to hold boxes", second=line('{"bbox_2d": [8, 8, 24, 24], "bbox_2d": [1, 2, 3, 4]}')),
     "an answer nested deeply": refused("seems to hold boxes", second=line("[" * 100_000)),
     "a box without an image": refused("box without an image", second=b'{"problem": "x", "solution": [1, 2, 3, 4]}'),
     "a pixel beyond the border": Case("used", second=line([8, 8, 49, 33]), box=(8, 8, 49, 33)),
@@ -396,7 +400,7 @@ IMAGES = {
     "half a png": picture(cut(noise("PNG"), 0.6), "set aside", "decode"),
     "half a jpeg": picture(cut(saved("JPEG", **PIXELS), 0.9), "set aside", "truncated"),
     "half a gif": picture(cut(noise("GIF"), 0.6), "set aside", "decode"),
-    "half a webp": picture(cut(saved("WEBP", lossless=True), 0.5), "set aside|refused", "image|decode"),
+    "half a webp": picture(cut(saved("WEBP", lossless=True), 0.5), "refused", "is no image"),
     "a wrong checksum": picture(wrong_checksum, "set aside", "decode"),
 }  # fmt: skip
 
@@ -423,7 +427,7 @@ def test_a_hostile_file_is_used_refused_or_set_aside_and_never_taken_for_another
     path = tmp_path / case.name
     path.write_bytes(case.file if case.file is not None else GOOD + b"\n" + case.second + b"\n")
     outcome, message, prompt = outcome_of(case, path, root, processor)
-    assert outcome in case.outcome.split("|"), message
+    assert outcome == case.outcome, message
     assert any(reason in message for reason in case.reason.split("|")) and len(message) < 1000, message
     if outcome == "refused":
         assert message.startswith(f"{path}:{case.line}: " if case.line else f"{path}: ")
