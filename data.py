@@ -200,7 +200,7 @@ def _read_sample(
         question=question,
         answer=text,
         images=shared.setdefault(images, images),
-        reward=VLM_R1_METHODS.get(reward, ""),
+        reward=VLM_R1_METHODS[reward] if reward else "",
         has_boxes=_holds_boxes(text, source, bare=has_boxes, reward=reward),
         source=source,
         root=inside,

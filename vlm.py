@@ -170,7 +170,8 @@ def hide_special(processor: ProcessorMixin, text: str) -> tuple[str, list[str]]:
 
     A question that holds `<|im_end|>` or `<|image_pad|>` must neither end the turn nor stand for an image. Which
     strings are special, tokenizer and processor say. `spell_out` puts them back, as text, once everything is tokens.
-    (Why not transformers' sanitize_control_tokens: 5.23 refuses InternVL's image token and takes GLM's <think> apart.)
+    (transformers 5.23 has sanitize_control_tokens: it raises on InternVL's image token in a text, and takes apart added
+    tokens that are not special, <think> for one, where a template writes them.)
     """
     tokenizer = processor.tokenizer
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
