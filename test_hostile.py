@@ -26,11 +26,12 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
+import eval as evaluation
 import sft
 import toy
 from data import BadSample, Sample, load_image
 from parallel import World
-from run import PromptFeed, load_samples
+from run import PromptFeed, load_run_samples, load_samples
 from train import Config
 from vlm import FAMILIES, Prompt, build_prompt, image_only
 
@@ -480,6 +481,24 @@ def test_a_root_that_is_itself_a_link_is_a_root(tmp_path):
     for name in ("train.jsonl", "absolute.jsonl"):
         [[sample]] = load_samples([tmp_path / name], [tmp_path / "root"], has_boxes=True, progress=False)
         assert load_image(sample.images[0], sample.root).size == (48, 32)
+
+
+def test_train_and_eval_pass_on_that_images_outside_are_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    Image.fromarray(scene()).save(tmp_path / "plain.png")
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(line(image="../plain.png"))
+    files = {"data": [str(path)], "image_root": [str(tmp_path / "images")]}
+    alone, reached = World(0, 1, torch.device("cpu"), None), []
+    monkeypatch.setattr(evaluation, "load_model", lambda *names, **named: reached.append(1) or 1 / 0)
+    with pytest.raises(ValueError, match="--allow_outside_root"):
+        load_run_samples(Config(**files), alone, has_boxes=True)
+    with pytest.raises(ValueError, match="--allow_outside_root"):
+        evaluation.answer_sets(evaluation.Config(**files), alone)
+    assert not reached
+    assert len(load_run_samples(Config(**files, allow_outside_root=True), alone, has_boxes=True)[0]) == 1
+    with pytest.raises(ZeroDivisionError):
+        evaluation.answer_sets(evaluation.Config(**files, allow_outside_root=True), alone)
 
 
 def test_header_and_pixels_agree_on_the_size_of_every_picture(tmp_path):
