@@ -45,6 +45,9 @@ class Config:
     )
     data: list[str] = HfArg(default_factory=list, help="data files, VLM-R1's evaluation JSON or training JSONL")
     image_root: list[str] = HfArg(default_factory=list, help="image directory of each data file, or one for all")
+    allow_outside_root: bool = HfArg(
+        default=False, help="use images that .., a link or an absolute path leads out of their image root to"
+    )
     task: Literal["rec", "detection", "text"] = HfArg(
         default="rec", help="rec: one box per answer; detection: lists of boxes; text: the mean of --reward"
     )
@@ -282,6 +285,7 @@ def answer_sets(config: Config, world: World) -> dict[str, list[dict]]:
         config.data,
         config.image_root,
         has_boxes=config.task != "text" or reads_boxes(config.reward),
+        allow_outside_root=config.allow_outside_root,
         progress=world.first,
     )
     dtype = compute_dtype(config.dtype)

@@ -24,7 +24,7 @@ from vlm import MAX_PIXELS
 FREE_ON_RESUME = frozenset(
     "resume steps epochs row_tokens draw_batch_size gradient_checkpointing eval_every eval_limit eval_batch_size "
     "save_every keep_checkpoints log_completions_every tensorboard wandb dry_run "
-    "model data image_root eval_data eval_image_root".split()  # paths: a run may have moved
+    "model data image_root eval_data eval_image_root allow_outside_root".split()  # paths: a run may have moved
 )
 
 
@@ -36,6 +36,9 @@ class RunConfig:
     data: list[str] = HfArg(default_factory=list, help="training files in VLM-R1's JSONL format")
     image_root: list[str] = HfArg(
         default_factory=list, help="image directory of each data file, or one for all; the file's own by default"
+    )
+    allow_outside_root: bool = HfArg(
+        default=False, help="use images that .., a link or an absolute path leads out of their image root to"
     )
     template: str = HfArg(default="rec", help="prompt template: a name of data.TEMPLATES or a text with {question}")
     max_pixels: int = HfArg(default=MAX_PIXELS, help="pixels of an image at most; a larger one is shrunk")

@@ -45,6 +45,7 @@ from vlm import (
 ACTIVATIONS = "activations of a row"
 MIN_ROW_TOKENS, MAX_ROW_TOKENS = 256, 65_536  # between which --row_tokens auto looks
 Result = TypeVar("Result")
+MAX_COMPLETIONS_BYTES = 64_000_000  # then completions.jsonl becomes completions.1.jsonl, in place of the one before
 MAX_BAD_SHARE = 0.01  # of the samples used; more than that is a broken data set, not a broken file
 
 
@@ -188,10 +189,13 @@ def total_steps(config: RunConfig, num_samples: int) -> int:
 # ---- samples -------------------------------------------------------------------------------------------------------
 
 
-def load_samples(files: Sequence[str], roots: Sequence[str], *, has_boxes: bool, progress: bool) -> list[list[Sample]]:
+def load_samples(
+    files: Sequence[str], roots: Sequence[str], *, has_boxes: bool, progress: bool, allow_outside_root: bool = False
+) -> list[list[Sample]]:
     """The checked samples of each file."""
+    options = {"has_boxes": has_boxes, "allow_outside_root": allow_outside_root}
     sets = [
-        read_samples(path, roots[number % len(roots)] if roots else Path(path).parent, has_boxes=has_boxes)
+        read_samples(path, roots[number % len(roots)] if roots else Path(path).parent, **options)
         for number, path in enumerate(files)
     ]
     check_samples([sample for samples in sets for sample in samples], progress=progress)
@@ -286,7 +290,7 @@ def load_run_samples(
     config: RunConfig, world: World, *, has_boxes: bool
 ) -> tuple[list[Sample], dict[str, list[Sample]]]:
     """(training samples, evaluation sets by name); the sets are --eval_data's files or what is held out."""
-    options = {"has_boxes": has_boxes, "progress": world.first}
+    options = {"has_boxes": has_boxes, "progress": world.first, "allow_outside_root": config.allow_outside_root}
     sets = load_samples(config.data, config.image_root, **options)
     samples = [sample for part in sets for sample in part]
     if config.eval_data:
@@ -436,7 +440,7 @@ class RunLog:
         if not self.first:
             return
         self.say(f"writing to {out}")
-        for name in ("metrics.jsonl", "completions.jsonl", "eval.jsonl"):
+        for name in ("metrics.jsonl", "completions.jsonl", "completions.1.jsonl", "eval.jsonl"):
             _drop_after(out / name, start_step)  # a resumed run repeats what came after its checkpoint
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -463,7 +467,10 @@ class RunLog:
         """Appends {"step": ..., **figures} to a file of the run."""
         if not self.first:
             return
-        with open(self.out / name, "a", encoding="utf-8") as file:
+        path = self.out / name
+        if name == "completions.jsonl" and path.exists() and path.stat().st_size > MAX_COMPLETIONS_BYTES:
+            path.replace(self.out / "completions.1.jsonl")
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
         numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
         for board in self.boards:

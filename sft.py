@@ -5,6 +5,7 @@ A true box is written as {"bbox_2d": [x1, y1, x2, y2]}, rounded to whole numbers
 """
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ from run import (
     timed,
     total_steps,
 )
-from vlm import Prompt, banned_token_ids, blank_prompt, trainable
+from vlm import Prompt, banned_token_ids, blank_prompt, hide_special, spell_out, trainable
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,13 @@ def response_ids(processor: ProcessorMixin, prompt: Prompt, response: str) -> Te
         if answer_boxes(answer, bare=True) and answer.startswith("[") and not answer.startswith("[{"):
             answer = json.dumps({"bbox_2d": json.loads(answer)})
     question = prompt.sample.question.replace(IMAGE_MARK, "").strip()
-    text = response.replace("{question}", question).replace("{answer}", answer)
-    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return torch.tensor([*ids, processor.tokenizer.eos_token_id])
+    data, text, hidden = {"{question}": question, "{answer}": answer}, "", []
+    for part in re.split(r"(\{question\}|\{answer\})", response):
+        part, found = hide_special(processor, data[part]) if part in data else (part, [])
+        text, hidden = text + part, hidden + found
+    inputs = processor.tokenizer([text], add_special_tokens=False, return_tensors="pt")
+    ids = spell_out(processor, dict(inputs), hidden)["input_ids"][0]
+    return torch.cat([ids, ids.new_tensor([processor.tokenizer.eos_token_id])])
 
 
 def train_step(

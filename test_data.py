@@ -1,6 +1,14 @@
-"""data.py on small files in the real formats, good and broken."""
+"""data.py on small files in the real formats, good and broken.
+
+`python test_data.py` measures how long a file of 400,000 lines takes to start with, and the memory it needs.
+"""
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,7 +54,7 @@ def record(answer="[1, 2, 30, 20]", question="<image>the red thing", **more):
 def test_training_jsonl_of_vlm_r1_is_read(root):
     [sample] = read_samples(write(root, record("<answer> [1, 2, 30, 20] </answer>")), root)
     assert sample == Sample("7", "<image>the red thing", "[1, 2, 30, 20]", (str(root / "a.png"),), "", True,
-                            f"{root}/train.jsonl:1")  # fmt: skip
+                            f"{root}/train.jsonl:1", os.path.realpath(root))  # fmt: skip
 
 
 def test_evaluation_json_of_vlm_r1_is_read(root):
@@ -160,6 +168,66 @@ def test_an_image_that_breaks_while_decoding_is_a_bad_sample(root):
         load_image(str(root / "cut.png"))
 
 
+# ---- load ----------------------------------------------------------------------------------------------------------
+
+LOAD = """
+import resource, sys, time
+import data
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+samples = data.read_samples(sys.argv[1] + "/train.jsonl", sys.argv[1])
+data.check_samples(samples)
+seconds = time.perf_counter() - start
+print(len(samples), seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+"""
+
+
+def load(lines, images):
+    """(seconds, MB of growth) of a fresh process that reads and checks so many lines about so many images."""
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        (root / "train2014").mkdir()
+        for number in range(images):
+            name = root / f"train2014/COCO_train2014_{number:012d}.jpg"
+            if number % 50_000 == 0:  # a file system allows some 65,000 links to a file
+                Image.new("RGB", (64, 48)).save(name)
+                first = name
+            else:
+                os.link(first, name)
+        with open(root / "train.jsonl", "w") as file:
+            for number in range(lines):
+                question = "<image>Please provide the bounding box coordinate of the region this sentence describes: "
+                image = f"train2014/COCO_train2014_{number * 7919 % images:012d}.jpg"
+                box = str([number % 20, number % 17, 30 + number % 20, 30 + number % 15])
+                one = record(box, f"{question}person number {number} on the left.", id=number, image=image)
+                file.write(json.dumps(one) + "\n")
+        command, here = [sys.executable, "-c", LOAD, directory], Path(__file__).parent
+        found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=here)
+        count, seconds, growth = found.stdout.split()
+        assert int(count) == lines
+        return float(seconds), float(growth)
+
+
+def test_a_large_file_needs_little_time_and_memory_a_line():
+    seconds, growth = load(40_000, 4_000)  # a tenth of what `python test_data.py` measures
+    assert growth < 40 and seconds < 10  # seconds of a machine shared with anything
+
+
+def test_no_image_is_asked_about_by_itself_and_few_are_opened(root, monkeypatch):
+    (root / "many").mkdir()
+    for number in range(300):
+        os.link(root / "a.png", root / f"many/{number}.png")
+    path = write(root, *[record("[1, 2, 30, 20]", image=f"many/{number % 300}.png") for number in range(900)])
+    samples, asked, opened = read_samples(path, root), [], []
+    monkeypatch.setattr(data, "MAX_HEADERS", 100)
+    real_open, real_path = Image.open, os.path.realpath
+    monkeypatch.setattr(Image, "open", lambda path, **named: opened.append(path) or real_open(path, **named))
+    monkeypatch.setattr(os.path, "isfile", lambda path: asked.append(path))
+    monkeypatch.setattr(os.path, "realpath", lambda path: asked.append(path) or real_path(path))
+    check_samples(samples)
+    assert len(opened) == 100 and asked == [str(root / "many")]
+    assert len({id(sample.images) for sample in samples}) == 300  # one path for all that ask about an image
+
+
 # ---- boxes in answers ----------------------------------------------------------------------------------------------
 
 
@@ -222,3 +290,9 @@ def test_the_order_is_a_function_of_seed_and_step():
     assert step_indices(100, 8, 3, seed=1) == step_indices(100, 8, 3, seed=1)
     assert step_indices(100, 8, 3, seed=1) != step_indices(100, 8, 3, seed=2)
     assert len(step_indices(3, 8, 0, seed=0)) == 8  # more prompts a step than samples
+
+
+if __name__ == "__main__":
+    for images in (20_000, 400_000):
+        seconds, growth = load(400_000, images)
+        print(f"400,000 lines about {images:,} images: {seconds:.1f} s, {growth:.0f} MB")

@@ -11,7 +11,7 @@ import toy
 import train
 from data import read_samples, step_indices
 from parallel import World
-from run import PromptFeed, _drop_after, learning_rate_factor, load_policy, memory_estimate, row_budget
+from run import PromptFeed, RunLog, _drop_after, learning_rate_factor, load_policy, memory_estimate, row_budget
 from test_parallel import ALONE, CONFIG, make_model, make_rollout
 from test_train import run
 from train import make_rows
@@ -38,6 +38,24 @@ def test_a_line_that_a_killed_process_left_half_written_is_dropped(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     _drop_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_completions_take_a_bounded_space_and_the_newest_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("run.MAX_COMPLETIONS_BYTES", 1000)
+    log = RunLog(tmp_path, CONFIG, ALONE, 0)
+    for step in range(1, 101):
+        log.write("completions.jsonl", step, {"text": "x" * 80})
+        log.write("metrics.jsonl", step, {"text": "x" * 80})
+    kept = ["completions.1.jsonl", "completions.jsonl"]
+    steps = [json.loads(line)["step"] for name in kept for line in (tmp_path / name).read_text().splitlines()]
+    assert steps == list(range(101 - len(steps), 101)) and 10 <= len(steps) < 25
+    assert sum((tmp_path / name).stat().st_size for name in kept) < 2300
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 100
+    resumed = steps[3]  # before the file was changed last
+    log = RunLog(tmp_path, CONFIG, ALONE, resumed)
+    log.write("completions.jsonl", resumed + 1, {})
+    again = [json.loads(line)["step"] for name in kept for line in (tmp_path / name).read_text().splitlines()]
+    assert again == [*steps[:4], resumed + 1]
 
 
 def test_only_the_newest_checkpoints_and_the_best_are_kept(checkpoint, scenes, tmp_path, monkeypatch):

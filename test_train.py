@@ -436,7 +436,7 @@ def test_images_are_opened_once_per_prompt_and_step(checkpoint, scenes, tmp_path
     opened = []
     real_open = Image.open
     rows_before = run(checkpoint, scenes, tmp_path / "a", "--steps", "1", "--eval_every", "0")
-    monkeypatch.setattr("vlm.load_image", lambda path: opened.append(path) or real_open(path).convert("RGB"))
+    monkeypatch.setattr("vlm.load_image", lambda path, root: opened.append(path) or real_open(path).convert("RGB"))
     rows = run(checkpoint, scenes, tmp_path / "b", "--steps", "1", "--eval_every", "0")
     assert len(opened) == 2 and only_numbers(rows) == only_numbers(rows_before)  # two prompts, six completions
 

@@ -214,13 +214,19 @@ def build_prompt(
     Without `family` it is the one the processor belongs to; `box_space` overrides the family's.
     """
     family = family or family_of_processor(processor)
-    images = [load_image(path) for path in sample.images]
-    text = processor.apply_chat_template(chat_messages(sample, template), add_generation_prompt=True, tokenize=False)
+    images = [load_image(path, sample.root) for path in sample.images]
+    messages, hidden = chat_messages(sample, template), []
+    for part in messages[0]["content"]:
+        if part["type"] == "text":
+            part["text"], found = hide_special(processor, part["text"])
+            hidden += found
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     try:
         inputs = processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=False)
+        inputs = spell_out(processor, dict(inputs), hidden)
     except ValueError as error:  # an aspect ratio above 200, or more image marks than images
         raise BadSample(
-            f"{sample.source}: the processor refuses its images: {error}; crop or replace the image, or drop the sample"
+            f"{sample.source}: the processor refuses it: {error}; crop or replace the image, or drop the sample"
         ) from error
     answer, image_size, input_size = sample.answer, None, None
     if images:
@@ -230,7 +236,45 @@ def build_prompt(
         if not images:
             raise BadSample(f"{sample.source}: boxes without an image; name one or choose rewards that read no boxes")
         answer = move_answer_boxes(answer, lambda box: to_model_box(box, image_size, input_size, family, box_space))
-    return Prompt(dict(inputs), answer, sample, image_size, input_size)
+    return Prompt(inputs, answer, sample, image_size, input_size)
+
+
+def hide_special(processor: ProcessorMixin, text: str) -> tuple[str, list[str]]:
+    """(text, found): the text of a data file with each special token that it spells replaced by the padding token.
+
+    A question that holds `<|im_end|>` or `<|image_pad|>` must neither end the turn nor stand for an image. Which
+    strings are special, tokenizer and processor say. `spell_out` puts them back, as text, once everything is tokens.
+    (transformers 5.23 has sanitize_control_tokens: it raises on InternVL's image token in a text, and takes apart added
+    tokens that are not special, <think> for one, where a template writes them.)
+    """
+    tokenizer = processor.tokenizer
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= {value for name, value in vars(processor).items() if name.endswith("_token") and value}
+    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+    found = pattern.findall(text)
+    return (pattern.sub(tokenizer.pad_token, text) if found else text), found
+
+
+def spell_out(processor: ProcessorMixin, inputs: dict[str, Tensor], hidden: list[str]) -> dict[str, Tensor]:
+    """`inputs` with the tokens of the hidden strings, read as text, where `hide_special` left the padding token."""
+    if not hidden:
+        return inputs
+    tokenizer, ids = processor.tokenizer, inputs["input_ids"]
+    places = ids[0] == tokenizer.pad_token_id
+    if places.sum() != len(hidden):  # a chat template that writes the padding token itself
+        raise ValueError(
+            f"the text spells the special tokens {hidden}, and they cannot be told from those of the prompt"
+        )
+    # The first character by itself: the rest is no special token, whatever the tokenizer's rules are.
+    pieces = [tokenizer([text[0], text[1:]], add_special_tokens=False)["input_ids"] for text in hidden]
+    pieces = [torch.tensor(first + rest) for first, rest in pieces]
+    repeats = torch.ones_like(ids[0])
+    repeats[places] = torch.tensor([len(piece) for piece in pieces])
+    longer = {
+        key: value.repeat_interleave(repeats, 1) if value.shape == ids.shape else value for key, value in inputs.items()
+    }
+    longer["input_ids"][0, places.repeat_interleave(repeats)] = torch.cat(pieces)
+    return longer
 
 
 def blank_prompt(processor: ProcessorMixin) -> Prompt:
