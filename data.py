@@ -62,14 +62,20 @@ class Sample:
     has_boxes: bool  # whether `answer` holds boxes, which then move into the space the model answers in
     source: str  # "file.jsonl:12", for messages
     root: str = ""  # the real path that the images must lie under; "" for anywhere
+    file: int = 0  # which of the run's data files it is from, or is evaluated like
 
 
 def read_samples(
-    path: str | Path, image_root: str | Path, *, has_boxes: bool = True, allow_outside_root: bool = False
+    path: str | Path,
+    image_root: str | Path,
+    *,
+    has_boxes: bool = True,
+    allow_outside_root: bool = False,
+    file: int = 0,
 ) -> list[Sample]:
     """The samples of a JSONL or JSON file, checked as far as the file alone allows.
 
-    `has_boxes` says whether a list of four numbers is a box; a {"bbox_2d": ...} always is.
+    `has_boxes` says whether a list of four numbers is a box; a {"bbox_2d": ...} always is. `file` is put down in each.
     """
     path, root = Path(path), Path(image_root)
     if not path.is_file():
@@ -78,7 +84,7 @@ def read_samples(
         raise ValueError(f"{root}: no such directory; give --image_root the one that the images of {path} lie under")
     inside = "" if allow_outside_root else os.path.realpath(root)
     shared = {}  # many samples ask about one image: they share its path
-    options = {"root": str(root), "inside": inside, "has_boxes": has_boxes, "shared": shared}
+    options = {"root": str(root), "inside": inside, "has_boxes": has_boxes, "shared": shared, "file": file}
     samples = [_read_sample(record, f"{path}:{line}", **options) for line, record in _records(path)]
     if not samples:
         raise ValueError(f"{path}: holds no sample; one JSON object a line is expected")
@@ -158,7 +164,7 @@ def _short(value: object) -> str:
 
 
 def _read_sample(
-    record: object, source: str, *, root: str, inside: str, has_boxes: bool, shared: dict[tuple, tuple]
+    record: object, source: str, *, root: str, inside: str, has_boxes: bool, shared: dict[tuple, tuple], file: int
 ) -> Sample:
     if not isinstance(record, dict):
         raise ValueError(f"{source}: a {type(record).__name__} where an object is expected: {_short(record)}")
@@ -204,6 +210,7 @@ def _read_sample(
         has_boxes=_holds_boxes(text, source, bare=has_boxes, reward=reward),
         source=source,
         root=inside,
+        file=file,
     )
 
 
@@ -439,6 +446,38 @@ def step_indices(num_samples: int, per_step: int, step: int, seed: int) -> list[
 
     A function of the position alone, so a resumed run goes on where it stopped and any number of processes agrees.
     """
-    places = [divmod(position, num_samples) for position in range(step * per_step, (step + 1) * per_step)]
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(num_samples) for epoch, _ in places}
+    return _shuffled(range(step * per_step, (step + 1) * per_step), num_samples, (seed,))
+
+
+def mixed_indices(sizes: list[int], shares: list[float], per_step: int, step: int, seed: int) -> list[int]:
+    """Indices of a step's samples, by file, among the samples of all files one after the other.
+
+    Each file is shuffled and repeated by itself, as step_indices does it, and gives what share_out says.
+    """
+    before, after = (share_out(count * per_step, shares) for count in (step, step + 1))
+    indices = []
+    for file, size in enumerate(sizes):
+        first = sum(sizes[:file])
+        indices += [first + index for index in _shuffled(range(before[file], after[file]), size, (seed, file))]
+    return indices
+
+
+def share_out(total: int, shares: list[float]) -> list[int]:
+    """Whole numbers that add up to the total, each next to its share of it (Sainte-Lague's rounding).
+
+    A larger total takes from none, which largest remainders would: so the counts of a step, the difference of two
+    totals, are a function of the step, and what one step rounds away the next ones give back.
+    """
+    # All differ from their quota by at most (files + 1) / 2, so the search may begin that far below it.
+    counts = [max(0, int(total * share / sum(shares)) - len(shares)) for share in shares]
+    while sum(counts) < total:
+        claims = [share / (2 * count + 1) for share, count in zip(shares, counts, strict=True)]
+        counts[claims.index(max(claims))] += 1
+    return counts
+
+
+def _shuffled(positions: range, size: int, seed: tuple[int, ...]) -> list[int]:
+    """Which of `size` things stand at these positions of an endless row of permutations."""
+    places = [divmod(position, size) for position in positions]
+    orders = {epoch: np.random.default_rng((*seed, epoch)).permutation(size) for epoch, _ in places}
     return [int(orders[epoch][offset]) for epoch, offset in places]

@@ -23,7 +23,7 @@ import toy
 from data import BadSample, Sample, answer_boxes, template_text
 from detection import OVDEVAL_GROUPS, coco_map, greedy_precision_recall, nms_ap, ovdeval_overall
 from lora import load_any
-from options import RunConfig, compute_dtype, parse_options
+from options import RunConfig, check_per_file, compute_dtype, file_names, parse_options
 from parallel import World, all_gather, gathered, launch, process_group, shard_model
 from rewards import average_precision, first_box, iou, load_reward, parse_boxes, reads_boxes
 from rollout import sample_completions
@@ -53,6 +53,10 @@ class Config:
     )
     reward: str = HfArg(default="default", help="reward of task text, where the data names none")
     template: str = HfArg(default="rec", help="prompt template, a name of data.TEMPLATES or a text with {question}")
+    file_tasks: list[str] = HfArg(
+        default_factory=list, help="instead of --task: rec, detection or the name of a reward, one for each data file"
+    )
+    file_templates: list[str] = HfArg(default_factory=list, help="instead of --template: one for each data file")
     limit: int = HfArg(default=0, help="evaluate this many samples, drawn with --seed; 0 for all")
     seed: int = HfArg(default=42, help="seed of that draw; 42 and limit 2000 are VLM-R1's protocol")
     max_completion_tokens: int = HfArg(default=256, help="tokens of an answer at most")
@@ -85,7 +89,22 @@ class Config:
             raise ValueError(
                 f"{len(self.image_root)} image_root for {len(self.data)} data files: give one for all or one each"
             )
-        template_text(self.template)
+        for template in (self.template, *self.file_templates):
+            template_text(template)
+        for measure in self.measures(len(self.file_tasks)):
+            if measure != "detection":
+                load_reward(measure)
+        if self.data:
+            check_per_file(self.data, file_tasks=self.file_tasks, file_templates=self.file_templates)
+
+    def measures(self, num_files: int) -> list[str]:
+        """How the answers to each file are scored, for `score`: "detection", or the name of a reward."""
+        one = self.reward if self.task == "text" else self.task
+        if len(self.file_tasks) not in (0, num_files):
+            raise ValueError(
+                f"{len(self.file_tasks)} file_tasks for {num_files} files: give one for each, in their order"
+            )
+        return ["iou" if task == "rec" else task for task in self.file_tasks or [one] * num_files]
 
 
 def greedy_rows(
@@ -210,21 +229,23 @@ def evaluate_sets(
     config: RunConfig,
     world: World,
     log: RunLog,
-    *,
-    reward: str,
 ) -> float | None:
-    """Evaluates a model in training on each set, prints and logs the figures; the first set's headline comes back."""
+    """Evaluates a model in training on each set, prints and logs the figures; the first set's headline comes back.
+
+    Each under the template and the accuracy reward of the data file that its samples are from, or evaluated like.
+    """
     score = None
     for name, samples in eval_sets.items():
+        task = config.tasks[samples[0].file]
         rows = greedy_rows(
             model,
             processor,
             samples,
             world,
-            template=config.template,
+            template=task.template,
             max_completion_tokens=config.max_completion_tokens,
             batch_size=config.eval_batch_size,
-            reward=reward,
+            reward=task.rewards[0],
             box_space=config.box_space,
         )
         summary = summarize(rows)
@@ -274,17 +295,17 @@ def _image_ap(row: dict) -> float:
 
 def answer_sets(config: Config, world: World) -> dict[str, list[dict]]:
     """Rows of each data file, by the file's name: answered by the model, or read back from --predictions."""
-    reward = {"rec": "iou", "detection": "detection"}.get(config.task, config.reward)
     if config.predictions:
         saved = json.loads(Path(config.predictions).read_text(encoding="utf-8"))["rows"]
         return {
-            name: [row | score(row, reward) if "bad_sample" not in row else row for row in rows]
-            for name, rows in saved.items()
+            name: [row | score(row, measure) if "bad_sample" not in row else row for row in rows]
+            for (name, rows), measure in zip(saved.items(), config.measures(len(saved)), strict=True)
         }
+    measures = config.measures(len(config.data))
     sets = load_samples(
         config.data,
         config.image_root,
-        has_boxes=config.task != "text" or reads_boxes(config.reward),
+        has_boxes=[measure == "detection" or reads_boxes(measure) for measure in measures],
         allow_outside_root=config.allow_outside_root,
         progress=world.first,
     )
@@ -299,19 +320,20 @@ def answer_sets(config: Config, world: World) -> dict[str, list[dict]]:
     if world.first:  # not on stdout, which holds the summary
         print(describe_processor(processor, config.box_space), file=sys.stderr)
     model = shard_model(model, world, compute_dtype=dtype, trained=False)
+    templates = config.file_templates or [config.template] * len(config.data)
     return {
-        Path(path).stem: greedy_rows(
+        name: greedy_rows(
             model,
             processor,
             seeded_sample(samples, config.limit, config.seed),
             world,
-            template=config.template,
+            template=template,
             batch_size=config.batch_size,
             max_completion_tokens=config.max_completion_tokens,
-            reward=reward,
+            reward=measure,
             box_space=config.box_space,
         )
-        for path, samples in zip(config.data, sets, strict=True)
+        for name, samples, template, measure in zip(file_names(config.data), sets, templates, measures, strict=True)
     }
 
 
@@ -324,7 +346,7 @@ def main(config: Config) -> None:
         rows = answer_sets(config, world)
         summary = {name: summarize(part) for name, part in rows.items()}
         ovdeval = {name for sets in OVDEVAL_GROUPS.values() for name in sets}
-        if config.task == "detection" and ovdeval <= summary.keys():  # the files are named as its sets are
+        if ovdeval <= {name for name in summary if "nms_ap" in summary[name]}:  # the files are named as its sets are
             summary["overall"] = {"nms_ap": ovdeval_overall({name: summary[name]["nms_ap"] for name in ovdeval})}
         if world.first:
             print(json.dumps(summary, indent=1))
@@ -334,13 +356,31 @@ def main(config: Config) -> None:
                 )
 
 
-def run_options(model: str) -> dict:
+def run_options(given: dict) -> dict:
     """What a checkpoint of a run of ours was trained under and evaluation shares; nothing for any other model."""
-    path = Path(model).resolve().parent.parent / "config.json"  # of OUT/checkpoints/step-000100, or OUT/best
+    path = Path(given["model"]).resolve().parent.parent / "config.json"  # of OUT/checkpoints/step-000100, or OUT/best
     if not path.is_file() or "options" not in (saved := json.loads(path.read_text())):
         return {}
     names = ("template", "max_completion_tokens", "max_pixels", "min_pixels", "box_space")
-    return {name: saved["options"][name] for name in names if name in saved["options"]}
+    shared = {name: saved["options"][name] for name in names if name in saved["options"]}
+    return shared | _options_of_files(saved.get("files", {}), given)
+
+
+def _options_of_files(known: dict[str, dict], given: dict) -> dict:
+    """What a run of several files asked of those that are evaluated now, told by their names."""
+    found, names = {}, file_names(given.get("data", []))
+    for what, each, *one in (("template", "file_templates", "template"), ("reward", "file_tasks", "task", "reward")):
+        values = {file[what] for file in known.values()}
+        if len(values) < 2 or given.keys() & {each, *one}:
+            found |= {"template": values.pop()} if what == "template" and len(values) == 1 else {}
+            continue
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(
+                f"{unknown[0]} is none of the files of the run, {', '.join(known)}, which differ in {what}: "
+                f"give --{one[0]} or --{each}"
+            )
+        found[each] = [known[name][what] for name in names]
+    return found
 
 
 if __name__ == "__main__":

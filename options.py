@@ -6,6 +6,7 @@ code reads does not exist. What is unknown or contradictory is refused before an
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,14 +19,27 @@ from transformers.hf_argparser import HfArg
 import toy
 from data import template_text
 from lora import is_adapter
+from rewards import load_reward, reads_boxes
 from vlm import MAX_PIXELS
 
 # Options that another value than the saved one may be given for when a run is resumed; the others make it another run.
 FREE_ON_RESUME = frozenset(
     "resume steps epochs row_tokens draw_batch_size gradient_checkpointing eval_every eval_limit eval_batch_size "
     "save_every keep_checkpoints log_completions_every tensorboard wandb dry_run "
-    "model data image_root eval_data eval_image_root allow_outside_root".split()  # paths: a run may have moved
+    # paths: a run may have moved
+    "model data image_root eval_data eval_image_root eval_like allow_outside_root".split()
 )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run does with the samples of one data file."""
+
+    name: str
+    template: str
+    rewards: tuple[str, ...]  # the first is the accuracy reward
+    weights: tuple[float, ...]
+    has_boxes: bool  # whether a truth of four numbers is a box
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,14 @@ class RunConfig:
         default=False, help="use images that .., a link or an absolute path leads out of their image root to"
     )
     template: str = HfArg(default="rec", help="prompt template: a name of data.TEMPLATES or a text with {question}")
+    file_templates: list[str] = HfArg(default_factory=list, help="instead of --template: one for each data file")
+    file_rewards: list[str] = HfArg(
+        default_factory=list,
+        help='instead of --rewards: one text for each data file, as "iou rec_format" "math format"',
+    )
+    file_shares: list[float] = HfArg(
+        default_factory=list, help="how many samples each data file gives relative to the others; by default its size"
+    )
     max_pixels: int = HfArg(default=MAX_PIXELS, help="pixels of an image at most; a larger one is shrunk")
     min_pixels: int = HfArg(default=3136, help="pixels of an image at least; a smaller one is enlarged")
     box_space: Literal["", "pixels", "thousand"] = HfArg(
@@ -86,8 +108,12 @@ class RunConfig:
     eval_image_root: list[str] = HfArg(
         default_factory=list, help="image directory of each evaluation file, or one for all"
     )
+    eval_like: list[str] = HfArg(
+        default_factory=list,
+        help="name of the data file whose template and reward each evaluation file takes; by default their order",
+    )
     held_out: int = HfArg(
-        default=200, help="without eval_data: samples kept from training, at most a twentieth of them"
+        default=200, help="without eval_data: samples of each file kept from training, at most a twentieth of them"
     )
     eval_every: int = HfArg(default=100, help="steps between evaluations; one comes before the first step; 0 for none")
     eval_limit: int = HfArg(default=500, help="samples of each evaluation set, drawn with the seed; 0 for all")
@@ -152,6 +178,72 @@ class RunConfig:
                 )
         self._check_what_is_trained()
         template_text(self.template)
+        self._check_files()
+
+    def _check_files(self) -> None:
+        check_per_file(
+            self.data,
+            file_templates=self.file_templates,
+            file_rewards=self.file_rewards,
+            file_shares=self.file_shares,
+        )
+        for template in self.file_templates:
+            template_text(template)
+        for rewards in self.file_rewards:
+            if not rewards.split():
+                raise ValueError('file_rewards holds "": name at least one reward for each data file')
+            for spec in rewards.split():
+                load_reward(spec)
+        if not all(0 < share < math.inf for share in self.file_shares):
+            raise ValueError(
+                f"file_shares are {self.file_shares}: each must be above 0; drop a file that gives nothing"
+            )
+        if len(self.eval_like) not in (0, len(self.eval_data)):
+            raise ValueError(
+                f"{len(self.eval_like)} eval_like for {len(self.eval_data)} files in eval_data: give one for each"
+            )
+        names = file_names(self.data)
+        if unknown := [name for name in self.eval_like if name not in names]:
+            raise ValueError(f"eval_like {unknown[0]!r} is none of the data files: {', '.join(names)}")
+        differ = len(set(self.file_templates)) > 1 or len(set(self.file_rewards)) > 1
+        if differ and not self.eval_like and len(self.eval_data) not in (0, len(self.data)):
+            raise ValueError(
+                f"{len(self.eval_data)} files in eval_data for {len(self.data)} in data, which differ in template or "
+                f"rewards: say with --eval_like which each is evaluated like, as: {names[0]}"
+            )
+
+    def tasks_under(self, rewards: Sequence[str], weights: Sequence[Sequence[float]]) -> list[Task]:
+        """A task for each data file; `rewards` where no file has its own, all 1 where there are no `weights`."""
+        tasks = []
+        for number, name in enumerate(file_names(self.data)):
+            own = tuple(self.file_rewards[number].split() if self.file_rewards else rewards)
+            tasks.append(
+                Task(
+                    name=name,
+                    template=self.file_templates[number] if self.file_templates else self.template,
+                    rewards=own,
+                    weights=tuple(weights[number]) if weights else (1.0,) * len(own),
+                    has_boxes=any(map(reads_boxes, own)),
+                )
+            )
+        return tasks
+
+    @property
+    def known_files(self) -> dict[str, dict]:
+        """Template and accuracy reward of each data and evaluation file by name; eval.py reads it in config.json."""
+        tasks = self.tasks
+        known = {task.name: task for task in tasks}
+        known |= {name: tasks[file] for name, file in zip(file_names(self.eval_data), self.eval_files, strict=True)}
+        return {name: {"template": task.template, "reward": task.rewards[0]} for name, task in known.items()}
+
+    @property
+    def eval_files(self) -> list[int]:
+        """The number of the data file that each evaluation file is evaluated like."""
+        names = file_names(self.data)
+        if self.eval_like:
+            return [names.index(name) for name in self.eval_like]
+        same = len(self.eval_data) == len(self.data)
+        return list(range(len(self.data))) if same else [0] * len(self.eval_data)
 
     def _check_what_is_trained(self) -> None:
         if is_adapter(self.model):
@@ -177,11 +269,24 @@ class RunConfig:
             )
 
 
+def file_names(paths: Sequence[str]) -> list[str]:
+    """What files are called in options, log and evaluation: without directory and suffix, unless two were the same."""
+    names = [Path(path).stem for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)
+
+
+def check_per_file(files: Sequence[str], **options: Sequence) -> None:
+    """Refuses an option that is given for another number of files than there are."""
+    for name, values in options.items():
+        if len(values) not in (0, len(files)):
+            raise ValueError(f"{len(values)} {name} for {len(files)} files in data: give one for each, in their order")
+
+
 def parse_options(config_class: type, argv: Sequence[str], preset: dict, defaults_of: Callable | None = None):
     """The options of an entry point from the command line; unknown ones are an error.
 
     Without --model the preset of the toy stands in for the defaults; with --resume the run's saved options do; else
-    those that `defaults_of` finds for the model.
+    those that `defaults_of` finds for the options given.
     """
     parser = HfArgumentParser(config_class, allow_abbrev=False)
     given = _given_options(config_class, argv)
@@ -198,7 +303,7 @@ def parse_options(config_class: type, argv: Sequence[str], preset: dict, default
         toy.write_data()
         parser.set_defaults(**preset)
     elif defaults_of is not None:
-        parser.set_defaults(**defaults_of(given["model"]))
+        parser.set_defaults(**defaults_of(given))
     return parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)[0]
 
 

@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,10 +26,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
-from data import BadSample, Sample, check_samples, read_samples, step_indices
+from data import BadSample, Sample, check_samples, mixed_indices, read_samples, step_indices
 from grpo import CHUNK_LOGITS
 from lora import add_adapters, choose_layers
-from options import RunConfig, compute_dtype
+from options import RunConfig, compute_dtype, file_names
 from parallel import World, all_gather, all_sum, load_training_state, save_checkpoint, shard_model
 from rollout import plan_rows
 from vlm import (
@@ -58,7 +59,8 @@ def open_run(config: RunConfig, world: World) -> Path:
     if world.first:
         out.mkdir(parents=True, exist_ok=True)
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        (out / "config.json").write_text(json.dumps({"options": asdict(config), "versions": versions}, indent=1))
+        about = {"options": asdict(config), "files": config.known_files, "versions": versions}
+        (out / "config.json").write_text(json.dumps(about, indent=1))
     return out
 
 
@@ -190,16 +192,26 @@ def total_steps(config: RunConfig, num_samples: int) -> int:
 
 
 def load_samples(
-    files: Sequence[str], roots: Sequence[str], *, has_boxes: bool, progress: bool, allow_outside_root: bool = False
+    files: Sequence[str],
+    roots: Sequence[str],
+    *,
+    has_boxes: Sequence[bool],  # of each file, as read_samples takes it
+    progress: bool,
+    allow_outside_root: bool = False,
+    numbers: Sequence[int] | None = None,  # of the data files that these are, or are evaluated like
 ) -> list[list[Sample]]:
     """The checked samples of each file."""
-    options = {"has_boxes": has_boxes, "allow_outside_root": allow_outside_root}
+    numbers = range(len(files)) if numbers is None else numbers
     sets = [
-        read_samples(path, roots[number % len(roots)] if roots else Path(path).parent, **options)
-        for number, path in enumerate(files)
+        read_samples(path, root, has_boxes=boxes, allow_outside_root=allow_outside_root, file=number)
+        for path, root, boxes, number in zip(files, _roots_of(files, roots), has_boxes, numbers, strict=True)
     ]
     check_samples([sample for samples in sets for sample in samples], progress=progress)
     return sets
+
+
+def _roots_of(files: Sequence[str], roots: Sequence[str]) -> list[str | Path]:
+    return [roots[number % len(roots)] if roots else Path(path).parent for number, path in enumerate(files)]
 
 
 def seeded_sample(samples: list[Sample], limit: int, seed: int) -> list[Sample]:
@@ -234,6 +246,7 @@ class PromptFeed:
         steps: int,  # of the run; nothing is prepared beyond
     ):
         self.samples, self.config, self.world, self.log, self.steps = samples, config, world, log, steps
+        self.sizes = list(Counter(sample.file for sample in samples).values())  # they follow each other file by file
         self.processor = copy.deepcopy(processor)  # a tokenizer in use by two threads at once may raise
         self.broken: dict[int, str] = {}  # sample -> reason
         self.used = 0
@@ -254,7 +267,11 @@ class PromptFeed:
         return prompts
 
     def _prepare(self, step: int) -> tuple[list[Prompt], int]:
-        indices = step_indices(len(self.samples), self.config.prompts_per_step, step, self.config.seed)
+        place = self.config.prompts_per_step, step, self.config.seed
+        if self.config.file_shares:
+            indices = mixed_indices(self.sizes, self.config.file_shares, *place)
+        else:
+            indices = step_indices(len(self.samples), *place)
         return [self._build(index) for index in indices[self.world.rank :: self.world.size]], len(self.broken)
 
     def _build(self, index: int) -> Prompt:
@@ -263,12 +280,9 @@ class PromptFeed:
             self.used += 1
             if index not in self.broken:
                 try:
-                    return build_prompt(
-                        self.processor,
-                        self.samples[index],
-                        template=self.config.template,
-                        box_space=self.config.box_space,
-                    )
+                    sample = self.samples[index]
+                    template = self.config.tasks[sample.file].template
+                    return build_prompt(self.processor, sample, template=template, box_space=self.config.box_space)
                 except BadSample as error:
                     self._set_aside(index, error)
             index = (index + 1) % len(self.samples)
@@ -286,21 +300,23 @@ class PromptFeed:
             )
 
 
-def load_run_samples(
-    config: RunConfig, world: World, *, has_boxes: bool
-) -> tuple[list[Sample], dict[str, list[Sample]]]:
-    """(training samples, evaluation sets by name); the sets are --eval_data's files or what is held out."""
-    options = {"has_boxes": has_boxes, "progress": world.first, "allow_outside_root": config.allow_outside_root}
-    sets = load_samples(config.data, config.image_root, **options)
-    samples = [sample for part in sets for sample in part]
+def load_run_samples(config: RunConfig, world: World) -> tuple[list[Sample], dict[str, list[Sample]]]:
+    """(training samples, evaluation sets by name); the sets are --eval_data's files or what is held out of each."""
+    options = {"progress": world.first, "allow_outside_root": config.allow_outside_root}
+    boxes = [task.has_boxes for task in config.tasks]
+    sets = load_samples(config.data, config.image_root, has_boxes=boxes, **options)
     if config.eval_data:
+        like = config.eval_files
+        options |= {"has_boxes": [boxes[number] for number in like], "numbers": like}
         eval_sets = load_samples(config.eval_data, config.eval_image_root, **options)
-        names = [Path(path).stem for path in config.eval_data]
-        names = names if len(set(names)) == len(names) else list(config.eval_data)
         eval_sets = [seeded_sample(part, config.eval_limit, config.seed) for part in eval_sets]
-        return samples, dict(zip(names, eval_sets, strict=True))
-    samples, held_out = split_held_out(samples, config.held_out, config.seed)
-    return samples, {"held_out": held_out} if held_out else {}
+        return [sample for part in sets for sample in part], dict(
+            zip(file_names(config.eval_data), eval_sets, strict=True)
+        )
+    splits = [split_held_out(part, config.held_out, config.seed) for part in sets]
+    names = ["held_out"] if len(sets) == 1 else [task.name for task in config.tasks]
+    held_out = {name: part for name, (_, part) in zip(names, splits, strict=True) if part}
+    return [sample for part, _ in splits for sample in part], held_out
 
 
 class RowBudget:
@@ -558,6 +574,21 @@ def memory_estimate(
     return {name: size / 1e9 for name, size in terms.items()}
 
 
+def describe_files(samples: Sequence[Sample], config: RunConfig, steps: int) -> list[str]:
+    """A line per data file: how much it gives, and what is asked of it."""
+    sizes = Counter(sample.file for sample in samples)
+    shares = config.file_shares or [sizes[number] for number in range(len(config.tasks))]
+    lines = []
+    for number, task in enumerate(config.tasks):
+        share = shares[number] / sum(shares)
+        passes = steps * config.prompts_per_step * share / sizes[number]
+        lines.append(
+            f"  {task.name}: {sizes[number]:,} samples, {share:.1%} of each step, {passes:,.2f} passes; "
+            f"template {task.template}, rewards {' '.join(task.rewards)}"
+        )
+    return lines
+
+
 def describe_run(
     model: nn.Module,
     processor: ProcessorMixin,
@@ -571,8 +602,10 @@ def describe_run(
 ) -> str:
     """What `--dry_run` prints: sizes, lengths of 64 prompts spread over the data, an estimate of memory."""
     chosen = samples[:: max(1, len(samples) // 64)]
+    tasks = config.tasks
     prompts = [
-        build_prompt(processor, sample, template=config.template, box_space=config.box_space) for sample in chosen
+        build_prompt(processor, sample, template=tasks[sample.file].template, box_space=config.box_space)
+        for sample in chosen
     ]
     lengths = sorted(prompt["input_ids"].shape[1] for prompt in prompts)
     row_tokens = row_budget(config, model, world, reference=reference).tokens
@@ -582,6 +615,7 @@ def describe_run(
     lines = [
         f"{len(samples):,} samples; {per_step} prompts and {per_step * completions} completions a step; "
         f"{len(samples) / per_step:,.1f} steps an epoch; {steps:,} steps",
+        *(describe_files(samples, config, steps) if len(tasks) > 1 else []),
         f"prompt tokens, images included, of {len(lengths)} samples: median {lengths[len(lengths) // 2]:,}, "
         f"longest {lengths[-1]:,}",
         f"{trained:,} of {total:,} parameters trained, {world.size} process(es)",

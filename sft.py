@@ -18,9 +18,9 @@ from transformers.hf_argparser import HfArg
 import toy
 from data import IMAGE_MARK, answer_boxes, move_answer_boxes
 from eval import evaluate_sets
-from options import RunConfig, compute_dtype, parse_options
+from options import RunConfig, Task, compute_dtype, parse_options
 from parallel import World, all_sum, apply_gradients, clip_gradients, gradient_scale, launch, process_group
-from rewards import load_reward, reads_boxes
+from rewards import load_reward
 from rollout import completion_logprobs
 from run import (
     CheckpointKeeper,
@@ -57,6 +57,11 @@ class Config(RunConfig):
         if "{answer}" not in self.response:
             raise ValueError(f"response {self.response!r} lacks {{answer}}: there would be nothing to learn")
         load_reward(self.reward)
+
+    @property
+    def tasks(self) -> list[Task]:
+        """What is done with each data file; of its rewards, evaluation reports the first."""
+        return self.tasks_under([self.reward], [])
 
 
 def response_ids(processor: ProcessorMixin, prompt: Prompt, response: str) -> Tensor:
@@ -117,7 +122,7 @@ def train_step(
 def main(config: Config) -> None:
     dtype = compute_dtype(config.dtype)
     with process_group(bf16=dtype == torch.bfloat16, shard_within_node=config.shard_within_node) as world:
-        samples, eval_sets = load_run_samples(config, world, has_boxes=reads_boxes(config.reward))
+        samples, eval_sets = load_run_samples(config, world)
         policy, processor = load_policy(config, world)
         steps = total_steps(config, len(samples))
         if config.dry_run:
@@ -133,7 +138,7 @@ def main(config: Config) -> None:
         budget = row_budget(config, policy, world, reference=False)
         log, stop = RunLog(out, config, world, start), StopSignal()
         if start == 0 and config.eval_every:
-            keeper.best = evaluate_sets(policy, processor, eval_sets, 0, config, world, log, reward=config.reward)
+            keeper.best = evaluate_sets(policy, processor, eval_sets, 0, config, world, log)
 
         bar = tqdm(range(start, steps), initial=start, total=steps, disable=not world.first)
         for step in bar:
@@ -155,7 +160,7 @@ def main(config: Config) -> None:
             bar.set_postfix(loss=f"{figures['loss']:.3f}", grad_norm=f"{figures['grad_norm']:.3f}")
             score, last = None, done == steps or stop.agreed(world)
             if config.eval_every and (done % config.eval_every == 0 or done == steps):
-                score = evaluate_sets(policy, processor, eval_sets, done, config, world, log, reward=config.reward)
+                score = evaluate_sets(policy, processor, eval_sets, done, config, world, log)
             keeper.after_step(done, score, last=last)
             if last and done < steps:
                 log.say(f"stopped after step {done}; go on with: python sft.py --resume {out}")

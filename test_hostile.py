@@ -442,7 +442,7 @@ def test_a_hostile_file_is_used_refused_or_set_aside_and_never_taken_for_another
 def outcome_of(case, path, root, processor):
     """(outcome, message, the target's prompt), by the functions that a run calls."""
     try:
-        [samples] = load_samples([path], [root], has_boxes=True, progress=False, allow_outside_root=case.allow)
+        [samples] = load_samples([path], [root], has_boxes=[True], progress=False, allow_outside_root=case.allow)
     except ValueError as error:
         return "refused", str(error), None
     if case.later:
@@ -481,7 +481,7 @@ def test_a_root_that_is_itself_a_link_is_a_root(tmp_path):
     absolute = json.dumps(record(image=str(tmp_path / "real" / "plain.png"))).encode()
     (tmp_path / "absolute.jsonl").write_bytes(absolute)  # an absolute path that leads into the root is no way out
     for name in ("train.jsonl", "absolute.jsonl"):
-        [[sample]] = load_samples([tmp_path / name], [tmp_path / "root"], has_boxes=True, progress=False)
+        [[sample]] = load_samples([tmp_path / name], [tmp_path / "root"], has_boxes=[True], progress=False)
         assert load_image(sample.images[0], sample.root).size == (48, 32)
 
 
@@ -494,11 +494,11 @@ def test_train_and_eval_pass_on_that_images_outside_are_asked_for(tmp_path, monk
     alone, reached = World(0, 1, torch.device("cpu"), None), []
     monkeypatch.setattr(evaluation, "load_model", lambda *names, **named: reached.append(1) or 1 / 0)
     with pytest.raises(ValueError, match="--allow_outside_root"):
-        load_run_samples(Config(**files), alone, has_boxes=True)
+        load_run_samples(Config(**files), alone)
     with pytest.raises(ValueError, match="--allow_outside_root"):
         evaluation.answer_sets(evaluation.Config(**files), alone)
     assert not reached
-    assert len(load_run_samples(Config(**files, allow_outside_root=True), alone, has_boxes=True)[0]) == 1
+    assert len(load_run_samples(Config(**files, allow_outside_root=True), alone)[0]) == 1
     with pytest.raises(ZeroDivisionError):
         evaluation.answer_sets(evaluation.Config(**files, allow_outside_root=True), alone)
 

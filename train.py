@@ -29,7 +29,7 @@ import toy
 from eval import evaluate_sets
 from grpo import group_advantages, grpo_loss
 from lora import adapters_off
-from options import RunConfig, compute_dtype, parse_options
+from options import RunConfig, Task, check_per_file, compute_dtype, parse_options
 from parallel import (
     World,
     all_sum,
@@ -40,7 +40,7 @@ from parallel import (
     launch,
     process_group,
 )
-from rewards import first_box, load_reward, reads_boxes
+from rewards import first_box, load_reward
 from rollout import completion_logprobs, sample_completions, see_images, stack_groups, tower_is_frozen
 from run import (
     CheckpointKeeper,
@@ -65,6 +65,8 @@ from run import (
 )
 from vlm import Prompt, banned_token_ids, blank_prompt, eos_token_ids, trainable
 
+GROUP_FIGURES = ("reward", "reward_std", "groups_equal", "truncated", "unparsed", "completion_tokens")
+FILE_FIGURES = ("reward", "groups_equal", "truncated", "unparsed", "completion_tokens")  # told for each file too
 FIRST_PASS_FIGURES = ("draw_gap", "draw_gap_max", "entropy")
 WARN_EVERY = 25  # steps over which a warning looks back, and before which it is not repeated
 
@@ -76,6 +78,9 @@ class Config(RunConfig):
         help="names, or file.py:function; the first is the accuracy reward, which a sample's own method replaces",
     )
     reward_weights: list[float] = HfArg(default_factory=list, help="weight of each reward; all 1 by default")
+    file_reward_weights: list[str] = HfArg(
+        default_factory=list, help='their weights, one text for each data file, as "1 0.5" "1 1"; all 1 by default'
+    )
     group_size: int = HfArg(default=8, help="completions per prompt")
     num_iterations: int = HfArg(default=1, help="passes, each an optimizer step, over what a step drew")
     clip_low: float = HfArg(default=0.2, help="the ratio is clipped below 1 - this")
@@ -99,6 +104,7 @@ class Config(RunConfig):
             raise ValueError(
                 f"{len(self.reward_weights)} reward_weights for {len(self.rewards)} rewards: give one each"
             )
+        self._check_file_weights()
         if self.group_size < 2:
             raise ValueError(
                 f"group_size is {self.group_size}: an advantage compares completions, so it must be at least 2"
@@ -120,9 +126,37 @@ class Config(RunConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
+    def _check_file_weights(self) -> None:
+        check_per_file(self.data, file_reward_weights=self.file_reward_weights)
+        if self.reward_weights and (self.file_rewards or self.file_reward_weights):
+            raise ValueError(
+                f"reward_weights are {self.reward_weights} where each file has its own rewards or weights: give "
+                "--file_reward_weights alone"
+            )
+        for task, text in zip(self.tasks_under(self.rewards, []), self.file_reward_weights, strict=False):
+            try:
+                weights = [float(number) for number in text.split()]
+            except ValueError as error:
+                raise ValueError(f"file_reward_weights {text!r} for {task.name}: numbers are expected") from error
+            if len(weights) != len(task.rewards):
+                raise ValueError(
+                    f"file_reward_weights {text!r} for {task.name}: one number for each of {' '.join(task.rewards)}"
+                )
+
     @property
     def weights(self) -> list[float]:
         return self.reward_weights or [1.0] * len(self.rewards)
+
+    @property
+    def tasks(self) -> list[Task]:
+        """What is done with each data file."""
+        own = [[float(number) for number in text.split()] for text in self.file_reward_weights]
+        return self.tasks_under(self.rewards, own or ([] if self.file_rewards else [self.weights] * len(self.data)))
+
+    @property
+    def all_rewards(self) -> list[str]:
+        """The rewards of all files, each once: the columns of Rollout.rewards."""
+        return list(dict.fromkeys(spec for task in self.tasks for spec in task.rewards))
 
 
 @dataclass(frozen=True)
@@ -131,7 +165,7 @@ class Rollout:
     completions: list[list[Tensor]]  # B lists of G id tensors
     draw_logprobs: Tensor  # [N, C] as drawn
     texts: list[str]  # N
-    rewards: Tensor  # [N, number of rewards]
+    rewards: Tensor  # [N, number of config.all_rewards], NaN where the file of the prompt has not that reward
     totals: Tensor  # [N] their weighted sum
     advantages: Tensor  # [N]
 
@@ -145,19 +179,38 @@ class Row:
 
 
 def score_texts(texts: Sequence[str], prompts: Sequence[Prompt], config: Config, device: torch.device) -> Tensor:
-    """Rewards [N, number of rewards]; a sample's own method stands in for the first."""
-    functions = [load_reward(spec) for spec in config.rewards]
-    values = []
+    """Rewards [N, number of config.all_rewards], those of the prompt's file; a sample's own method replaces the first.
+
+    NaN stands for the rewards that only other files have.
+    """
+    tasks, names = config.tasks, config.all_rewards
+    rows = []
     for number, text in enumerate(texts):
         prompt = prompts[number // config.group_size]
-        own = [load_reward(prompt.sample.reward)] if prompt.sample.reward else functions[:1]
-        values.append([function(text, prompt.answer) for function in [*own, *functions[1:]]])
-        if not all(math.isfinite(value) for value in values[-1]):
+        specs = tasks[prompt.sample.file].rewards
+        functions = [load_reward(spec) for spec in (prompt.sample.reward or specs[0], *specs[1:])]
+        values = [function(text, prompt.answer) for function in functions]
+        if not all(math.isfinite(value) for value in values):
             raise ValueError(
-                f"{prompt.sample.source}: rewards {config.rewards} gave {values[-1]} for {text[:200]!r}; "
+                f"{prompt.sample.source}: rewards {list(specs)} gave {values} for {text[:200]!r}; "
                 "a reward must return a finite number"
             )
-    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, len(functions))
+        earned = dict(zip(specs, values, strict=True))
+        rows.append([earned.get(name, math.nan) for name in names])
+    return torch.tensor(rows, dtype=torch.float32, device=device).view(-1, len(names))
+
+
+def total_rewards(
+    rewards: Tensor,  # [N, number of config.all_rewards]
+    prompts: Sequence[Prompt],
+    config: Config,
+) -> Tensor:
+    """Their sums [N] under the weights of each prompt's file."""
+    names = config.all_rewards
+    weights = [dict(zip(task.rewards, task.weights, strict=True)) for task in config.tasks]
+    table = torch.tensor([[of_file.get(name, 0.0) for name in names] for of_file in weights], device=rewards.device)
+    files = torch.tensor([prompt.sample.file for prompt in prompts], device=rewards.device)
+    return (rewards.nan_to_num() * table[files].repeat_interleave(config.group_size, 0)).sum(1)
 
 
 def roll_out(
@@ -195,7 +248,7 @@ def roll_out(
     flat = [ids for group in completions for ids in group]
     texts = processor.tokenizer.batch_decode(flat, skip_special_tokens=True)
     rewards = score_texts(texts, prompts, config, flat[0].device)
-    totals = rewards @ torch.tensor(config.weights, device=rewards.device)
+    totals = total_rewards(rewards, prompts, config)
     padded = pad_sequence([values for group in logprobs for values in group], batch_first=True)
     advantages = group_advantages(totals, config.group_size, scale=config.scale_advantages)
     return Rollout(prompts, completions, padded, texts, rewards, totals, advantages)
@@ -319,48 +372,79 @@ def learn_pass(
 
 
 def rollout_figures(rollout: Rollout, config: Config, world: World, eos_ids: list[int]) -> dict[str, float]:
-    """What the drawn completions tell, averaged over the step."""
-    flat = [ids for group in rollout.completions for ids in group]
-    groups = rollout.totals.view(-1, config.group_size)
-    one_box = [(p.sample.reward or config.rewards[0]) in ("iou", "giou") for p in rollout.prompts]
-    boxed = [box for box in one_box for _ in range(config.group_size)]
-    unread = [
-        first_box(text) is None if box else "<answer>" not in text
-        for text, box in zip(rollout.texts, boxed, strict=True)
-    ]
-    names = [f"reward/{spec.rsplit(':', 1)[-1]}" for spec in config.rewards]
-    share = 1 / (config.prompts_per_step * config.group_size)
-    sums = {
-        **dict(zip(names, (rollout.rewards.sum(0) * share).tolist(), strict=True)),
-        "reward": float(rollout.totals.sum()) * share,
-        "reward_std": float(groups.std(1).sum()) / config.prompts_per_step,
-        "groups_equal": float((groups.amax(1) == groups.amin(1)).sum()) / config.prompts_per_step,
-        "truncated": sum(int(ids[-1]) not in eos_ids for ids in flat) * share,
-        "unparsed": sum(unread) * share,
-        "completion_tokens": sum(map(len, flat)) * share,
+    """What the drawn completions tell, averaged over the step; with several files also over the prompts of each.
+
+    A file or a reward that no prompt of the step has is left out.
+    """
+    tasks, size = config.tasks, config.group_size
+    names = [f"reward/{spec.rsplit(':', 1)[-1]}" for spec in config.all_rewards]
+    files = [f"file/{task.name}/" for task in tasks] if len(tasks) > 1 else []
+    keys = [*names, *GROUP_FIGURES, *(f"{file}{key}" for file in files for key in FILE_FIGURES)]
+    sums, counts = dict.fromkeys(keys, 0.0), dict.fromkeys(keys, 0.0)
+    earned = rollout.rewards.view(-1, size, len(names)).mean(1).tolist()  # NaN again for what the file does not pay
+    for number, prompt in enumerate(rollout.prompts):
+        place, task = slice(number * size, (number + 1) * size), tasks[prompt.sample.file]
+        told = group_figures(
+            rollout.texts[place],
+            rollout.completions[number],
+            rollout.totals[place],
+            eos_ids,
+            one_box=(prompt.sample.reward or task.rewards[0]) in ("iou", "giou"),
+        )
+        told |= {name: value for name, value in zip(names, earned[number], strict=True) if not math.isnan(value)}
+        told |= {f"{files[prompt.sample.file]}{key}": told[key] for key in FILE_FIGURES} if files else {}
+        for key, value in told.items():
+            sums[key], counts[key] = sums[key] + value, counts[key] + 1
+    sums, counts = all_sum(sums, world), all_sum(counts, world)
+    shares = {f"{file}share": counts[f"{file}reward"] / config.prompts_per_step for file in files}
+    return {key: sums[key] / counts[key] for key in keys if counts[key]} | shares
+
+
+def group_figures(
+    texts: list[str],
+    completions: list[Tensor],
+    totals: Tensor,  # [G]
+    eos_ids: list[int],
+    *,
+    one_box: bool,  # whether a readable answer is a box
+) -> dict[str, float]:
+    """What the completions of one prompt tell: GROUP_FIGURES."""
+    unread = [first_box(text) is None if one_box else "<answer>" not in text for text in texts]
+    return {
+        "reward": float(totals.mean()),
+        "reward_std": float(totals.std()),
+        "groups_equal": float(totals.max() == totals.min()),
+        "truncated": statistics.fmean(int(ids[-1]) not in eos_ids for ids in completions),
+        "unparsed": statistics.fmean(unread),
+        "completion_tokens": statistics.fmean(map(len, completions)),
     }
-    return all_sum(sums, world)
 
 
 def causes_for_concern(recent: Sequence[dict], config: Config) -> list[str]:
-    """Warnings with the likely cause, from the figures of the last steps."""
-    mean = {name: statistics.fmean(figures[name] for figures in recent) for name in recent[0]}
+    """Warnings with the likely cause, from the figures of the last steps; with several files, about each."""
     warnings = []
-    if mean["unparsed"] > 0.9:
-        warnings.append(
-            f"{mean['unparsed']:.0%} of the completions cannot be read: does the template ask for the format that the "
-            f"rewards {config.rewards} read? See completions.jsonl"
-        )
-    if mean["truncated"] > 0.5:
-        warnings.append(
-            f"{mean['truncated']:.0%} of the completions are cut off at {config.max_completion_tokens} tokens and earn "
-            "little: raise --max_completion_tokens, or ask for shorter answers"
-        )
-    if mean["groups_equal"] > 0.9 and mean["unparsed"] < 0.1:
-        warnings.append(
-            f"{mean['groups_equal']:.0%} of the groups have equal rewards and teach nothing, though the format is "
-            "there: is the truth in the space the model answers in, are the samples too easy or too hard?"
-        )
+    for task in config.tasks:
+        prefix, where = (f"file/{task.name}/", f" of {task.name}") if len(config.tasks) > 1 else ("", "")
+        names = ("unparsed", "truncated", "groups_equal")
+        told = [[figures[prefix + name] for name in names] for figures in recent if f"{prefix}unparsed" in figures]
+        if not told:  # the file gave nothing
+            continue
+        unparsed, truncated, groups_equal = map(statistics.fmean, zip(*told, strict=True))
+        if unparsed > 0.9:
+            warnings.append(
+                f"{unparsed:.0%} of the completions{where} cannot be read: does the template ask for the format that "
+                f"the rewards {list(task.rewards)} read? See completions.jsonl"
+            )
+        if truncated > 0.5:
+            warnings.append(
+                f"{truncated:.0%} of the completions{where} are cut off at {config.max_completion_tokens} tokens and "
+                "earn little: raise --max_completion_tokens, or ask for shorter answers"
+            )
+        if groups_equal > 0.9 and unparsed < 0.1:
+            warnings.append(
+                f"{groups_equal:.0%} of the groups{where} have equal rewards and teach nothing, though the format is "
+                "there: is the truth in the space the model answers in, are the samples too easy or too hard?"
+            )
     return warnings
 
 
@@ -410,12 +494,16 @@ def train_step(
 
 def log_group(log: RunLog, step: int, rollout: Rollout, config: Config) -> None:
     """The first group of the step with all that it earned."""
-    size, prompt = config.group_size, rollout.prompts[0]
+    size, prompt, names = config.group_size, rollout.prompts[0], config.all_rewards
     columns = zip(
         rollout.texts[:size], rollout.rewards[:size].tolist(), rollout.advantages[:size].tolist(), strict=True
     )
     group = [
-        {"completion": text, "rewards": dict(zip(config.rewards, rewards, strict=True)), "advantage": advantage}
+        {
+            "completion": text,
+            "rewards": {name: value for name, value in zip(names, rewards, strict=True) if not math.isnan(value)},
+            "advantage": advantage,
+        }
         for text, rewards, advantage in columns
     ]
     record = {
@@ -430,7 +518,7 @@ def log_group(log: RunLog, step: int, rollout: Rollout, config: Config) -> None:
 def main(config: Config) -> None:
     dtype = compute_dtype(config.dtype)
     with process_group(bf16=dtype == torch.bfloat16, shard_within_node=config.shard_within_node) as world:
-        samples, eval_sets = load_run_samples(config, world, has_boxes=any(map(reads_boxes, config.rewards)))
+        samples, eval_sets = load_run_samples(config, world)
         policy, processor = load_policy(config, world)
         steps = total_steps(config, len(samples))
         if config.dry_run:
@@ -460,7 +548,7 @@ def main(config: Config) -> None:
         budget = row_budget(config, policy, world, reference=config.beta > 0)
         log, stop, recent = RunLog(out, config, world, start), StopSignal(), deque(maxlen=WARN_EVERY)
         if start == 0 and config.eval_every:
-            keeper.best = evaluate_sets(policy, processor, eval_sets, 0, config, world, log, reward=config.rewards[0])
+            keeper.best = evaluate_sets(policy, processor, eval_sets, 0, config, world, log)
 
         bar = tqdm(range(start, steps), initial=start, total=steps, disable=not world.first)
         for step in bar:
@@ -483,7 +571,7 @@ def main(config: Config) -> None:
                     tqdm.write(f"warning: step {done}: {warning}")
             score, last = None, done == steps or stop.agreed(world)
             if config.eval_every and (done % config.eval_every == 0 or done == steps):
-                score = evaluate_sets(policy, processor, eval_sets, done, config, world, log, reward=config.rewards[0])
+                score = evaluate_sets(policy, processor, eval_sets, done, config, world, log)
             keeper.after_step(done, score, last=last)
             if last and done < steps:
                 log.say(f"stopped after step {done}; go on with: python train.py --resume {out}")
