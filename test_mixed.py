@@ -115,6 +115,8 @@ def test_a_step_holds_the_mix_and_each_file_is_visited_whole_before_it_repeats()
     assert small[:7] != small[7:14]
     large = [index for index in taken if index < 100]
     assert len(set(large[:100])) == 100 and large[:100] != list(range(100))
+    both = mixed_indices([9, 9], [1, 1], 18, 0, seed=3)
+    assert both[:9] != [index - 9 for index in both[9:]]  # an order for each
     assert mixed_indices(sizes, [0.5, 0.25, 0.25], 16, 5, seed=4) != taken[80:96]
 
 
@@ -179,7 +181,7 @@ def scored(files):
         files, "--group_size", "2", "--file_reward_weights", "2 1", "1 0.5", "1 1", "--prompts_per_step", "3"
     )
     box, choice = "<think>x</think><answer>[0, 0, 10, 10]</answer>", "<think>x</think><answer>B</answer>"
-    texts = [box, "", "<think>x</think><answer>12</answer>", "13", choice, "A"]
+    texts = [box, "<answer>no box</answer>", "<think>x</think><answer>12</answer>", "13", choice, "A"]
     prompts = [prompt_of(1), prompt_of(0, "12"), prompt_of(1, "B", "mcq")]
     rewards = score_texts(texts, prompts, config, torch.device("cpu"))
     completions = [[torch.tensor([5, 2]), torch.tensor([5])], [torch.tensor([2])] * 2, [torch.tensor([5, 5, 2])] * 2]
@@ -281,6 +283,8 @@ def test_evaluation_files_take_template_and_reward_of_the_file_they_are_like(fil
     assert {name: {s.file for s in part} for name, part in sets.items()} == {"two": {2}, "math": {0}}
     same = parse(files, "--eval_data", "a", "b", "c")
     assert same.eval_files == [0, 1, 2]
+    known = parse(files, "--eval_data", "val.json", "--eval_like", "two").known_files  # what eval.py finds
+    assert known["val"] == known["two"] == {"template": "no_think", "reward": f"{files}/mine.py:steps"}
 
 
 # ---- whole runs ----------------------------------------------------------------------------------------------------
