@@ -28,7 +28,7 @@ import torch.multiprocessing as mp
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -153,9 +153,16 @@ def barrier(world: World) -> None:
 
 
 def shard_model(model: nn.Module, world: World, *, compute_dtype: torch.dtype, trained: bool = True) -> nn.Module:
-    """The model on its device, sharded over the mesh, computing in compute_dtype; `trained=False` for a reference."""
+    """The model on its device, sharded over the mesh, computing in compute_dtype; `trained=False` for a reference.
+
+    Ranks after the first may bring a model without weights (meta tensors); they receive their shards from the first,
+    a tensor at a time, so that one rank alone reads the checkpoint and holds it whole.
+    """
     if world.mesh is None:
         return model.to(world.device)
+    empty = any(parameter.is_meta for parameter in model.parameters())
+    received = all_sum({"empty": float(empty)}, world)["empty"] > 0
+    whole = dict(model.state_dict()) if received and not empty else {}
     dtypes = {"param_dtype": compute_dtype, "reduce_dtype": torch.float32}
     # The root casts the pixels. A block's inputs are cast already, but for the vision tower's fp32 rotary angles.
     block_policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
@@ -175,7 +182,19 @@ def shard_model(model: nn.Module, world: World, *, compute_dtype: torch.dtype, t
     for function in (row_logprobs, next_logits, image_features):
         setattr(model, function.__name__, MethodType(function, model))
         register_fsdp_forward_method(model, function.__name__)
-    return model.to(world.device)  # buffers, which FSDP leaves where they are
+    model = model.to_empty(device=world.device) if empty else model.to(world.device)  # buffers: FSDP leaves them
+    if received:
+        _receive(model, whole, world)
+    return model
+
+
+def _receive(model: nn.Module, whole: dict[str, Tensor], world: World) -> None:
+    """Fills the shards of all ranks from the first rank's `whole`, and what a model built from a config lacks."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)  # a tied head is absent
+    set_model_state_dict(model, whole, options=options)
+    for buffer in model.buffers():  # rotary frequencies are in no state dict
+        dist.broadcast(buffer, 0)
+    model.generation_config = all_gather([model.generation_config], world)[0]
 
 
 @contextmanager

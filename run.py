@@ -77,6 +77,7 @@ def load_policy(config: RunConfig, world: World) -> tuple[nn.Module, ProcessorMi
         freeze_vision=config.freeze_vision,
         gradient_checkpointing=config.gradient_checkpointing,
         trust_remote_code=config.trust_remote_code,
+        empty=not world.first,
     )
     if world.first:
         tqdm.write(describe_processor(processor, config.box_space))
@@ -112,7 +113,7 @@ def choose_trained(model: nn.Module, config: RunConfig) -> None:
 def load_reference(config: RunConfig, world: World) -> nn.Module:
     """The frozen model that the KL penalty measures from: the one training started with, in the compute dtype."""
     dtype = compute_dtype(config.dtype)
-    model, _ = load_model(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    model, _ = load_model(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code, empty=not world.first)
     return shard_model(model.requires_grad_(False), world, compute_dtype=dtype, trained=False)
 
 

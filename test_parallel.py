@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText
 
 import toy
 import train
+import vlm
 from data import Sample
 from grpo import group_advantages
 from parallel import (
@@ -33,7 +34,7 @@ from parallel import (
     shard_model,
 )
 from rollout import completion_logprobs, sample_completions, see_images
-from run import RowBudget, make_optimizers
+from run import RowBudget, load_policy, load_reference, make_optimizers
 from test_rollout import make_completions, make_prompts
 from train import Rollout, learn, make_rows, score_rollout
 from vlm import Prompt, blank_prompt, trainable
@@ -232,12 +233,61 @@ def single(tmp_path_factory):
     return results
 
 
-@pytest.fixture(scope="module")
-def double(single):
+def four_processes(rank, port, checkpoint, directory):
+    """Two nodes of two, as torchrun would describe them; only the first rank of all reads the checkpoint."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank % 2), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    loaded, real = [], AutoModelForImageTextToText.from_pretrained
+    vlm.AutoModelForImageTextToText.from_pretrained = lambda *a, **o: loaded.append(rank) or real(*a, **o)
+    results = {}
+    with process_group(bf16=False, shard_within_node=True) as world:
+        config = replace(CONFIG, model=checkpoint, min_pixels=256)
+        policy, processor = load_policy(config, world)
+        reference = load_reference(config, world)
+        results["loaded"], results["mesh"] = loaded, (world.mesh.mesh_dim_names, tuple(world.mesh.shape))
+        results["gradients"] = step_gradients(policy, reference, processor, world, 60)[0]
+        results["eos"] = policy.generation_config.eos_token_id
+        with gathered(policy):
+            drawn = sample_completions(
+                policy, make_prompts(processor, (1, 0)), 1, max_new_tokens=4 + rank, eos_ids=[], temperature=0
+            )
+        results["drawn"] = [ids.tolist() for [ids] in drawn]
+        state = {"step": 1, "best": None}
+        save_checkpoint(Path(directory) / "four", policy, [], state, world, source=checkpoint, dtype=torch.float32,
+                        pixels=(256, 65536))  # fmt: skip
+    torch.save(results, Path(directory) / f"node{rank}.pt")
+
+
+def spawn(job, count, *arguments):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(two_processes, (port, str(single["directory"])), nprocs=2)
+    mp.spawn(job, (port, *arguments), nprocs=count)
+
+
+def test_two_nodes_of_two_train_and_draw_as_one_process_and_one_rank_reads_the_checkpoint(checkpoint, tmp_path):
+    spawn(four_processes, 4, checkpoint, str(tmp_path))
+    nodes = [torch.load(tmp_path / f"node{rank}.pt", weights_only=False) for rank in range(4)]
+    config = replace(CONFIG, model=checkpoint, min_pixels=256)
+    policy, processor = load_policy(config, ALONE)
+    gradients = step_gradients(policy, load_reference(config, ALONE), processor, ALONE, 4096)[0]
+    drawn = sample_completions(policy, make_prompts(processor, (1, 0)), 1, max_new_tokens=7, eos_ids=[], temperature=0)
+    for rank, results in enumerate(nodes):
+        assert results["mesh"] == (("replicate", "shard"), (2, 2))
+        assert results["loaded"] == ([0, 0] if rank == 0 else [])  # policy and reference
+        assert relative_difference(results["gradients"], gradients) < 1e-6
+        assert results["drawn"] == [ids[: 4 + rank].tolist() for [ids] in drawn]
+        assert results["eos"] == policy.generation_config.eos_token_id
+    files = sorted(path.name for path in (tmp_path / "four").glob("*.training"))
+    assert files == ["state-00000.training", "state-00001.training"]  # of the first node
+    saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "four").state_dict()
+    assert all(saved[name].equal(value) for name, value in policy.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def double(single):
+    spawn(two_processes, 2, str(single["directory"]))
     return [torch.load(single["directory"] / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
