@@ -15,7 +15,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
 from lora import adapted_layers, save_adapter
-from rollout import image_features, next_logits, row_logprobs
+from rollout import image_features, next_logits, pack_row, row_attention, row_logprobs
 from vlm import DECODER_LAYERS, counted_pixels, family_of, trainable
 
 SHARD_SIZE = "5GB"  # of a weights file, as on the hub; more weights are several files and an index
@@ -55,6 +55,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh | None  # None where nothing is sharded
+    draw_sharded: bool = False  # layers stay sharded while drawing, for want of memory
 
     @property
     def first(self) -> bool:
@@ -198,9 +199,41 @@ def _receive(model: nn.Module, whole: dict[str, Tensor], world: World) -> None:
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def drawing(model: nn.Module, world: World) -> Iterator[None]:
+    """Within, ranks may draw different numbers of tokens, from a whole copy each or from sharded layers."""
+    with in_step(model, world) if world.draw_sharded else gathered(model):
+        yield
+
+
+@contextmanager
+def in_step(model: nn.Module, world: World) -> Iterator[None]:
+    """Within, decoder layers are gathered as they run, and a rank runs a forward whenever another does.
+
+    For a model whose whole copy does not fit: every token costs gathering all layers. Tower, embeddings and head stay
+    whole, so all forwards gather the same, whatever is in them; a rank that is done runs on a token of no use.
+    """
+    layers, forward = set(model.get_submodule(DECODER_LAYERS)), model.next_logits
+    row = pack_row(model, [{"input_ids": torch.zeros(1, 1, dtype=torch.long)}], [[]])
+    useless = {**row.inputs, **row_attention(model, row.layout)}
+
+    def forward_with_all(inputs: dict, last: Tensor) -> Tensor:
+        all_sum({"drawing": 1.0}, world)
+        return forward(inputs, last)
+
+    with gathered(model, without=layers), torch.no_grad():
+        model.next_logits = forward_with_all
+        try:
+            yield
+        finally:
+            model.next_logits = forward
+        while all_sum({"drawing": 0.0}, world)["drawing"]:
+            forward(useless, torch.zeros(1, dtype=torch.long, device=world.device))
+
+
+@contextmanager
+def gathered(model: nn.Module, without: Container[nn.Module] = ()) -> Iterator[None]:
     """Within, every rank holds the whole model in its compute dtype: no collectives, so ranks may differ in length."""
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule) and module not in without]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()

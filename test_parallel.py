@@ -27,6 +27,7 @@ from parallel import (
     all_gather,
     all_sum,
     copy_side_files,
+    drawing,
     gathered,
     load_training_state,
     process_group,
@@ -156,6 +157,11 @@ def two_processes(rank, port, directory):
             prompts = make_prompts(processor, (1, 0, 2, 0))[: 2 + rank]
             drawn = sample_completions(model, prompts, 1, max_new_tokens=5 + 3 * rank, eos_ids=[2], temperature=0)
         results["drawn"] = all_gather([[ids.tolist() for [ids] in drawn]], world)
+        with drawing(model, replace(world, draw_sharded=True)):
+            layers = model.model.language_model.layers
+            results["kept_sharded"] = all(isinstance(parameter, DTensor) for parameter in layers.parameters())
+            drawn = sample_completions(model, prompts, 1, max_new_tokens=5 + 3 * rank, eos_ids=[2], temperature=0)
+        results["drawn_in_step"] = all_gather([[ids.tolist() for [ids] in drawn]], world)
         results["after_draw"] = step_gradients(model, reference, processor, world, 4096)
         with torch.no_grad():
             completion_logprobs(model, make_prompts(processor, (1,)), make_completions(model, 1))
@@ -338,6 +344,11 @@ def test_a_gathered_model_draws_what_one_process_draws_and_shards_again(single, 
         first, second = results["drawn"]
         assert first == [ids[:5] for ids in single["drawn"][:2]] and second == single["drawn"][:3]
         assert relative_difference(results["after_draw"][0], single[4096][0]) < 1e-6
+
+
+def test_ranks_draw_different_numbers_of_tokens_from_layers_that_stay_sharded(double):
+    for results in double:
+        assert results["kept_sharded"] and results["drawn_in_step"] == results["drawn"]
 
 
 def test_after_drawing_a_forward_frees_each_block_again(double):
