@@ -78,13 +78,15 @@ def load_policy(config: RunConfig, world: World) -> tuple[nn.Module, ProcessorMi
         freeze_vision=config.freeze_vision,
         gradient_checkpointing=config.gradient_checkpointing,
         trust_remote_code=config.trust_remote_code,
-        empty=not world.first,
+        empty=config.dry_run or not world.first,
     )
     if world.first:
         tqdm.write(describe_processor(processor, config.box_space))
     choose_trained(model, config)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+    if config.dry_run:  # sizes are all it tells, and a config has them: no weights are loaded
+        return model, processor
     return shard_model(model, world, compute_dtype=dtype), processor
 
 

@@ -1,5 +1,7 @@
 """parallel.py and the exactness of a step: two processes against one, any cut into rows, images on one rank only."""
 
+import gc
+import itertools
 import json
 import os
 import socket
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors import safe_open
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
@@ -26,6 +29,7 @@ from parallel import (
     _row_range,
     all_gather,
     all_sum,
+    clip_gradients,
     copy_side_files,
     drawing,
     gathered,
@@ -35,7 +39,7 @@ from parallel import (
     shard_model,
 )
 from rollout import completion_logprobs, sample_completions, see_images
-from run import RowBudget, load_policy, load_reference, make_optimizers
+from run import RowBudget, load_policy, load_reference, make_optimizers, memory_estimate
 from test_rollout import make_completions, make_prompts
 from train import Rollout, learn, make_rows, score_rollout
 from vlm import Prompt, blank_prompt, trainable
@@ -237,6 +241,54 @@ def single(tmp_path_factory):
         adamw_steps(muon, processor, optimizer, ALONE, 1)
     results["muon"] = {name: p.detach().clone() for name, p in muon.named_parameters()}
     return results
+
+
+def allocated():
+    """Bytes of all tensors that this process holds, by their storages."""
+    gc.collect()
+    tensors = [t._local_tensor if isinstance(t, DTensor) else t for t in gc.get_objects() if isinstance(t, Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def weigh(rank, port, checkpoint, directory):
+    """What each kind of run really holds in two processes, term by term, beside the estimate."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    found = {}
+    with process_group(bf16=True) as world:
+        sharded = replace(world, draw_sharded=True)
+        for dtype, rank_of_adapters in itertools.product(("fp32", "bf16"), (0, 8)):
+            config = replace(CONFIG, model=checkpoint, dtype=dtype, lora_rank=rank_of_adapters, min_pixels=256)
+            before = allocated()
+            policy = load_policy(config, world)[0]
+            optimizers = make_optimizers(policy, config)
+            clip_gradients([parameter for _, parameter in trainable(policy)], 1.0)  # of zero, where there are none
+            for optimizer in optimizers:
+                optimizer.step()
+            steady = allocated()
+            real = [steady - before]
+            for place in (world, sharded):
+                with drawing(policy, place):
+                    real.append(allocated() - steady)
+            whole = memory_estimate(policy, world, config, reference=True, row_tokens=0)
+            parts = memory_estimate(policy, sharded, config, reference=True, row_tokens=0)
+            names = ("weights, gradients, moments", "gathered while drawing", "reference")
+            estimate = [whole[names[0]], whole[names[1]], parts[names[1]]]
+            reference = None
+            if not rank_of_adapters:  # adapters have their base for a reference
+                reference = load_reference(config, world)
+                real.append(allocated() - steady)
+                estimate.append(whole[names[2]])
+            found[dtype, rank_of_adapters] = list(zip(real, [gb * 1e9 for gb in estimate], strict=True))
+            del policy, optimizers, optimizer, reference
+    torch.save(found, Path(directory) / f"weighed{rank}.pt")
+
+
+def test_the_estimate_of_memory_is_what_fsdp_allocates(checkpoint, tmp_path):
+    spawn(weigh, 2, checkpoint, str(tmp_path))
+    for (dtype, adapters), terms in torch.load(tmp_path / "weighed0.pt").items():
+        for real, estimate in terms:
+            assert real == pytest.approx(estimate, rel=0.02), (dtype, adapters, terms)
 
 
 def four_processes(rank, port, checkpoint, directory):

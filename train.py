@@ -460,7 +460,7 @@ def main(config: Config) -> None:
         feed = PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl", steps)
         keeper = CheckpointKeeper(out, policy, optimizers, config, world)
         start = keeper.resume() if config.resume else 0
-        budget = row_budget(config, policy, world, reference=config.beta > 0)
+        budget = row_budget(config, policy, world, reference=config.beta > 0 and not config.lora_rank)
         log, stop, recent = RunLog(out, config, world, start), StopSignal(), deque(maxlen=WARN_EVERY)
         if start == 0 and config.eval_every:
             keeper.best = evaluate_sets(policy, processor, eval_sets, 0, config, world, log, reward=config.rewards[0])
