@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from operator import mul
 from pathlib import Path
 from typing import Literal
@@ -299,6 +300,8 @@ def repeated_logprobs(model: nn.Module, prompt: Prompt, answers: Tensor, *, visi
     if "mm_token_type_ids" in batch:
         batch["mm_token_type_ids"] = torch.cat([batch["mm_token_type_ids"], torch.zeros_like(answers)], 1)
     if vision_once:
+        if "mm_encoder_outputs" not in signature(model.model.forward).parameters:  # it would be ignored in silence
+            raise ValueError(f"transformers {transformers.__version__} takes no mm_encoder_outputs; 5.23 does")
         del batch["pixel_values"]
         features = model.model.get_image_features(prompt["pixel_values"], prompt["image_grid_thw"])
         features.pooler_output = tuple(features.pooler_output) * len(answers)

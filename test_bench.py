@@ -1,6 +1,7 @@
 """bench.py: the ways of a row do the same work, what is needed at least is counted right, and the table runs."""
 
 from dataclasses import replace
+from inspect import signature
 
 import pytest
 import torch
@@ -32,6 +33,10 @@ def learned(way, work):
 
 @pytest.mark.parametrize("way", bench.ROWS["learn"][1:])
 def test_all_ways_of_learning_have_the_same_gradients(work, way):
+    if "once" in way and "mm_encoder_outputs" not in signature(work.model.model.forward).parameters:
+        with pytest.raises(ValueError, match="5.23 does"):
+            learned(way, work)
+        return
     ours, theirs = learned("ours", work), learned(way, work)
     assert ours.abs().max() > 0.1
     assert (ours - theirs).abs().max() < 1e-5 * ours.abs().max()
