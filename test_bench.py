@@ -44,7 +44,7 @@ def test_all_ways_of_learning_have_the_same_gradients(work, way):
 
 @pytest.mark.parametrize("way", bench.ROWS["draw"])
 def test_all_ways_of_drawing_make_whole_groups_without_an_end(monkeypatch, work, way):
-    drawn, own = [], fresh(work)
+    drawn, own = [], replace(fresh(work), never=list(range(1000)))  # of 1,024
     real, generate = bench.sample_completions, own.model.generate
     monkeypatch.setattr(bench, "sample_completions", lambda *a, **o: drawn.extend(sum(real(*a, **o), [])))
     length = work.prompts[0]["input_ids"].shape[1]
@@ -53,7 +53,7 @@ def test_all_ways_of_drawing_make_whole_groups_without_an_end(monkeypatch, work,
     assert len(drawn) == 2 * 3
     answers = torch.stack([ids[-6:] for ids in drawn])
     assert [len(ids) for ids in drawn] == [6 if way == "ours" else length + 6] * 6
-    assert not torch.isin(answers, torch.tensor(work.never)).any()
+    assert answers.min() >= 1000
 
 
 def test_a_prompt_has_the_tokens_that_the_workload_says(work):
