@@ -204,10 +204,11 @@ def build_model(config: Config, dtype: torch.dtype) -> tuple[nn.Module, Processo
 
 
 def build_samples(workload: Workload, folder: Path) -> list[Sample]:
-    """As many as the workload has prompts: one image of noise, each its own words, in as many tokens."""
+    """As many as the workload has prompts: one image of noise, each the same words in its own order, so all in as many tokens."""
     rng, size = np.random.default_rng(0), 28 * workload.side
     Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / "noise.png")
-    questions = [" ".join(f"w{n}" for n in rng.integers(100, 900, 17)) for _ in range(workload.prompts)]
+    words = [f"w{number}" for number in range(100, 117)]
+    questions = [" ".join(rng.permutation(words)) for _ in range(workload.prompts)]
     image = (str(folder / "noise.png"),)
     return [Sample("bench", text, "[2, 2, 20, 20]", image, "", True, "bench") for text in questions]
 
