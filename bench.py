@@ -204,7 +204,7 @@ def build_model(config: Config, dtype: torch.dtype) -> tuple[nn.Module, Processo
 
 
 def build_samples(workload: Workload, folder: Path) -> list[Sample]:
-    """As many as the workload has prompts: one image of noise, each the same words in its own order, so all in as many tokens."""
+    """One per prompt of the workload: an image of noise, and the same words in an order of its own, so one length."""
     rng, size = np.random.default_rng(0), 28 * workload.side
     Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / "noise.png")
     words = [f"w{number}" for number in range(100, 117)]
