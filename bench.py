@@ -19,6 +19,7 @@ import resource
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -82,6 +83,7 @@ ROWS = {
     "rewards": ("ours",),
 }  # fmt: skip
 FIRST_ONLY = (*ROWS["step"][1:], *ROWS["learn"][3:])  # ways measured on the first workload alone, like all of `step`
+LATE = "the time was over"
 SLOW = 10  # seconds; a cell that took longer is measured once
 # hidden, intermediate, layers, heads, key heads, vocabulary; the same of the vision tower, its blocks for layers
 SIZES = {
@@ -628,7 +630,7 @@ def run_cell(config: Config, cell: str, seconds: float) -> dict:
     process.start()
     sender.close()
     try:
-        return receiver.recv() if receiver.poll(seconds) else {"error": f"killed after {seconds:.0f} s"}
+        return receiver.recv() if receiver.poll(seconds) else {"error": f"killed after {seconds:.0f} s: {LATE}"}
     except EOFError:
         return {"error": "the process died, for want of memory perhaps"}
     finally:
@@ -664,7 +666,7 @@ def main(config: Config) -> None:
 
     def start(cell: str) -> dict:
         left = deadline - time.monotonic()
-        return run_cell(config, cell, min(left, 600)) if left > 0 else {"error": f"the {minutes:g} minutes were over"}
+        return run_cell(config, cell, min(left, 600)) if left > 0 else {"error": LATE}
 
     rates = start("rates/-/-") if config.cuda else {}
     names = [name for name in ANSWERS if config.cuda or name != "flex"]
@@ -678,9 +680,13 @@ def main(config: Config) -> None:
                 runs.append(result)
     medians = {cell: median(results[cell]) for cell in cells}
     print("\n".join([*headline(config, rates, answers, medians), "", *table(medians, results, rates)]))
-    empty = [f"- {cell}: {results[cell][0]['error']}" for cell in cells if not medians[cell]]
-    print("\n".join(["", "Empty:", *empty]) if empty else "")
-    if any(place(line.removeprefix("- ").split(":")[0]) == 0 and "were over" not in line for line in empty):
+    reasons = defaultdict(list)
+    for cell in cells:
+        if not medians[cell]:
+            reasons[results[cell][0]["error"]].append(cell)
+    for reason, empty in reasons.items():
+        print(f"- empty: {'; '.join(empty)}: {reason}")
+    if any(place(cell) == 0 for reason, empty in reasons.items() if not reason.endswith(LATE) for cell in empty):
         raise SystemExit("ours failed, see above")
 
 

@@ -127,7 +127,7 @@ def test_flex_attention_reaches_its_kernel_under_sharding_and_checkpointing(work
 def test_a_cell_is_measured_in_a_process_of_its_own_and_killed_in_time():
     assert bench.run_cell(TINY, "rewards/-/ours", 300)["seconds"] > 0
     assert bench.run_cell(TINY, "step/none/ours", 300)["error"].startswith("AttributeError")
-    assert bench.run_cell(TINY, "draw/tiny/ours", 0.01)["error"] == "killed after 0 s"
+    assert bench.run_cell(TINY, "draw/tiny/ours", 0.01)["error"] == "killed after 0 s: the time was over"
 
 
 def fake(config, cell, seconds):
@@ -150,7 +150,7 @@ def test_the_table_names_every_cell_and_an_empty_ours_is_an_error(monkeypatch, c
             assert (f"| {row} | long | {way} |" in out) == (row in ("draw", "learn") and way not in bench.FIRST_ONLY)
     assert "| learn | long | repeated rows | 30.000 (once) | 15.0 | 8 | 1.0 | 0 |  |" in out
     assert "| learn | long | ours | 2.000 (2.000 to 2.000) | 1.0 | 8 | 1.0 | 5 |  |" in out
-    assert "- step/image/TRL: ModuleNotFoundError: No module named 'trl'" in out
+    assert "step/image/TRL, checkpointed: ModuleNotFoundError: No module named 'trl'" in out
     assert calls.count("learn/long/repeated rows") == 1 and calls.count("learn/long/ours") == 2
     assert calls.index("learn/long/ours") < calls.index("draw/image/generate on repeated prompts")
 
@@ -162,7 +162,7 @@ def test_no_cell_is_started_once_the_minutes_are_over(monkeypatch, capsys):
     main(replace(TINY, rows=["learn"], minutes=2, repeats=1))
     out = capsys.readouterr().out
     assert "| learn | tiny | ours | 2.000 (once) |" in out
-    assert "- learn/tiny/ours, dense mask: the 2 minutes were over" in out
+    assert "- empty: learn/tiny/ours, dense mask; learn/tiny/repeated rows; " in out and "the time was over" in out
 
 
 def test_unknown_names_are_refused():
