@@ -8,7 +8,7 @@ does not depend on what a model has learned. No way ever draws an end token, so 
 
 On a GPU `draw` and `learn` use the plain bf16 model in one process, without FSDP; `step` is what train.py does, fp32
 masters sharded by FSDP2 and bf16 computing, beside TRL's autocast. Repeated rows are learned from a group at a time,
-ours in rows of train.py's `row_tokens`. TRL's reward costs nothing; ours are iou and rec_format.
+ours in rows of train.py's `row_tokens`. Rewards cost nothing here; `rewards` measures them.
 Left out: several processes, other trainers, the KL penalty's reference.
 """
 
@@ -19,6 +19,7 @@ import resource
 import statistics
 import tempfile
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -57,7 +58,7 @@ from grpo import linear_logprobs
 from parallel import process_group, shard_model
 from rewards import REWARDS
 from rollout import PackedRow, completion_logprobs, pack_row, plan_rows, root_forward, row_logprobs, sample_completions
-from run import PromptFeed, make_optimizers
+from run import PromptFeed, RowBudget, make_optimizers
 from train import Config as TrainConfig
 from train import train_step
 from vlm import (
@@ -286,7 +287,7 @@ def learn(way: str, work: Work) -> None:
 
 def row_tokens() -> int:
     """train.py's default."""
-    return TrainConfig.__dataclass_fields__["row_tokens"].default
+    return int(TrainConfig.__dataclass_fields__["row_tokens"].default)
 
 
 def repeated_logprobs(model: nn.Module, prompt: Prompt, answers: Tensor, *, vision_once: bool) -> Tensor:
@@ -369,12 +370,17 @@ class Meter:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
+def any_reward(completion: str, answer: str) -> float:
+    """A number that differs within a group: one of equal rewards would be left out of learning."""
+    return zlib.crc32(completion.encode()) / 2**32
+
+
 def step_ours(config: Config, workload: Workload, folder: Path, meter: Meter, *, checkpointed: bool) -> None:
-    """The second of two steps of train.py."""
+    """The second of two steps of train.py, in which it prepares the third's prompts."""
     options = TrainConfig(
         data=["bench"], template="plain", beta=0.0, gradient_checkpointing=checkpointed,
         prompts_per_step=workload.prompts, group_size=workload.group_size,
-        max_completion_tokens=workload.completion_tokens,
+        max_completion_tokens=workload.completion_tokens, rewards=[f"{__file__}:any_reward"],
     )  # fmt: skip
     with process_group(bf16=config.cuda) as world:
         model, processor = build_model(config, torch.float32)
@@ -382,8 +388,9 @@ def step_ours(config: Config, workload: Workload, folder: Path, meter: Meter, *,
             checkpoint_activations(model)
         policy = shard_model(model, world, compute_dtype=config.dtype)
         ids = {"eos_ids": eos_token_ids(model, processor), "banned_ids": never_drawn(model, processor)}
-        feed = PromptFeed(build_samples(workload, folder), processor, options, world, folder / "bad.jsonl")
-        state = (make_optimizers(policy, options), feed, blank_prompt(processor), options, world, ids)
+        feed = PromptFeed(build_samples(workload, folder), processor, options, world, folder / "bad.jsonl", steps=3)
+        budget = RowBudget(row_tokens(), may_shrink=False)
+        state = (make_optimizers(policy, options), feed, blank_prompt(processor), budget, options, world, ids)
         meter.ready()
         train_step(0, policy, None, processor, *state)
         meter.start()
