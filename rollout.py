@@ -177,7 +177,11 @@ def see_images(model: nn.Module, prompt: Mapping) -> dict:
     device = next(model.parameters()).device
     del inputs["pixel_values"]
     images = {key: value.to(device) for key, value in images.items()}
-    return {**inputs, IMAGE_FEATURES: root_forward(model, image_features)(images)}
+    was_training = model.training
+    model.eval()
+    seen = root_forward(model, image_features)(images)
+    model.train(was_training)
+    return {**inputs, IMAGE_FEATURES: seen}
 
 
 # ---- scoring -------------------------------------------------------------------------------------------------------
