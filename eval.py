@@ -8,7 +8,7 @@ prompt, pixels and length, unless told otherwise, so a number in its log is the 
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,7 @@ from data import BadSample, Sample, answer_boxes, template_text
 from detection import OVDEVAL_GROUPS, coco_map, greedy_precision_recall, nms_ap, ovdeval_overall
 from lora import load_any
 from options import RunConfig, check_per_file, compute_dtype, file_names, parse_options
-from parallel import World, all_gather, gathered, launch, process_group, shard_model
+from parallel import World, all_gather, drawing, launch, process_group, shard_model
 from rewards import average_precision, first_box, iou, load_reward, parse_boxes, reads_boxes
 from rollout import sample_completions
 from run import RunLog, load_samples, seeded_sample
@@ -68,6 +68,7 @@ class Config:
     trust_remote_code: bool = HfArg(default=False, help="run the code that a checkpoint brings along")
     batch_size: int = HfArg(default=32, help="answers decoded together per process")
     dtype: Literal["auto", "bf16", "fp32"] = HfArg(default="auto", help="compute in; auto is bf16 on a GPU")
+    draw_sharded: bool = HfArg(default=False, help="answer from sharded layers, for a model that fits no single GPU")
     output: str = HfArg(default="", help="write summary and rows to this JSON file")
     predictions: str = HfArg(default="", help="score the answers of such a file again, without a model")
     compare: list[str] = HfArg(
@@ -124,7 +125,7 @@ def greedy_rows(
     eos, banned = eos_token_ids(model, processor), banned_token_ids(model, processor)
     mine = list(enumerate(samples))[world.rank :: world.size]
     rows = []
-    with gathered(model):
+    with drawing(model, world):
         starts = range(0, len(mine), batch_size)
         for start in tqdm(starts, "evaluating", delay=5, leave=False, disable=not world.first):
             prompts = {}
@@ -316,6 +317,7 @@ def answer_sets(config: Config, world: World) -> dict[str, list[dict]]:
         min_pixels=config.min_pixels,
         dtype=dtype,
         trust_remote_code=config.trust_remote_code,
+        empty=not world.first,
     )
     if world.first:  # not on stdout, which holds the summary
         print(describe_processor(processor, config.box_space), file=sys.stderr)
@@ -343,6 +345,7 @@ def main(config: Config) -> None:
         print(json.dumps({name: compare(first[name], second[name]) for name in first if name in second}, indent=1))
         return
     with process_group(bf16=compute_dtype(config.dtype) == torch.bfloat16) as world:
+        world = replace(world, draw_sharded=config.draw_sharded and world.size > 1)
         rows = answer_sets(config, world)
         summary = {name: summarize(part) for name, part in rows.items()}
         ovdeval = {name for sets in OVDEVAL_GROUPS.values() for name in sets}

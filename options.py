@@ -25,7 +25,7 @@ from vlm import MAX_PIXELS
 # Options that another value than the saved one may be given for when a run is resumed; the others make it another run.
 FREE_ON_RESUME = frozenset(
     "resume steps epochs row_tokens draw_batch_size gradient_checkpointing eval_every eval_limit eval_batch_size "
-    "save_every keep_checkpoints log_completions_every tensorboard wandb dry_run "
+    "save_every keep_checkpoints log_completions_every tensorboard wandb dry_run draw_sharded "
     # paths: a run may have moved
     "model data image_root eval_data eval_image_root eval_like allow_outside_root".split()
 )
@@ -84,6 +84,9 @@ class RunConfig:
         default="auto", help="compute in; auto is bf16 on a GPU. Masters are fp32"
     )
     shard_within_node: bool = HfArg(default=False, help="several nodes: shard within each, replicate across (HSDP)")
+    draw_sharded: bool = HfArg(
+        default=False, help="draw from sharded layers, slowly; done unasked where a whole copy does not fit a GPU"
+    )
     prompts_per_step: int = HfArg(default=16, help="prompts per optimizer step, over all GPUs")
     row_tokens: str = HfArg(
         default="8192", help="tokens of a packed row, the micro-batch: the knob for memory; auto finds what fits"

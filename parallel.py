@@ -15,7 +15,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,14 +28,14 @@ import torch.multiprocessing as mp
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
 from lora import adapted_layers, save_adapter
-from rollout import image_features, next_logits, row_logprobs
+from rollout import image_features, next_logits, pack_row, row_attention, row_logprobs
 from vlm import DECODER_LAYERS, counted_pixels, family_of, trainable
 
 SHARD_SIZE = "5GB"  # of a weights file, as on the hub; more weights are several files and an index
@@ -55,6 +55,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh | None  # None where nothing is sharded
+    draw_sharded: bool = False  # layers stay sharded while drawing, for want of memory
 
     @property
     def first(self) -> bool:
@@ -153,9 +154,16 @@ def barrier(world: World) -> None:
 
 
 def shard_model(model: nn.Module, world: World, *, compute_dtype: torch.dtype, trained: bool = True) -> nn.Module:
-    """The model on its device, sharded over the mesh, computing in compute_dtype; `trained=False` for a reference."""
+    """The model on its device, sharded over the mesh, computing in compute_dtype; `trained=False` for a reference.
+
+    Ranks after the first may bring a model without weights (meta tensors); they receive their shards from the first,
+    a tensor at a time, so that one rank alone reads the checkpoint and holds it whole.
+    """
     if world.mesh is None:
         return model.to(world.device)
+    empty = any(parameter.is_meta for parameter in model.parameters())
+    received = all_sum({"empty": float(empty)}, world)["empty"] > 0
+    whole = dict(model.state_dict()) if received and not empty else {}
     dtypes = {"param_dtype": compute_dtype, "reduce_dtype": torch.float32}
     # The root casts the pixels. A block's inputs are cast already, but for the vision tower's fp32 rotary angles.
     block_policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
@@ -175,13 +183,57 @@ def shard_model(model: nn.Module, world: World, *, compute_dtype: torch.dtype, t
     for function in (row_logprobs, next_logits, image_features):
         setattr(model, function.__name__, MethodType(function, model))
         register_fsdp_forward_method(model, function.__name__)
-    return model.to(world.device)  # buffers, which FSDP leaves where they are
+    model = model.to_empty(device=world.device) if empty else model.to(world.device)  # buffers: FSDP leaves them
+    if received:
+        _receive(model, whole, world)
+    return model
+
+
+def _receive(model: nn.Module, whole: dict[str, Tensor], world: World) -> None:
+    """Fills the shards of all ranks from the first rank's `whole`, and what a model built from a config lacks."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)  # a tied head is absent
+    set_model_state_dict(model, whole, options=options)
+    for buffer in model.buffers():  # rotary frequencies are in no state dict
+        dist.broadcast(buffer, 0)
+    model.generation_config = all_gather([model.generation_config], world)[0]
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def drawing(model: nn.Module, world: World) -> Iterator[None]:
+    """Within, ranks may draw different numbers of tokens, from a whole copy each or from sharded layers."""
+    with in_step(model, world) if world.draw_sharded else gathered(model):
+        yield
+
+
+@contextmanager
+def in_step(model: nn.Module, world: World) -> Iterator[None]:
+    """Within, decoder layers are gathered as they run, and a rank runs a forward whenever another does.
+
+    For a model whose whole copy does not fit: every token costs gathering all layers. Tower, embeddings and head stay
+    whole, so all forwards gather the same, whatever is in them; a rank that is done runs on a token of no use.
+    """
+    layers, forward = set(model.get_submodule(DECODER_LAYERS)), model.next_logits
+    row = pack_row(model, [{"input_ids": torch.zeros(1, 1, dtype=torch.long)}], [[]])
+    useless = {**row.inputs, **row_attention(model, row.layout)}
+
+    def forward_with_all(inputs: dict, last: Tensor) -> Tensor:
+        all_sum({"drawing": 1.0}, world)
+        return forward(inputs, last)
+
+    with gathered(model, without=layers), torch.no_grad():
+        model.next_logits = forward_with_all
+        try:
+            yield
+        finally:
+            model.next_logits = forward
+        while all_sum({"drawing": 0.0}, world)["drawing"]:
+            forward(useless, torch.zeros(1, dtype=torch.long, device=world.device))
+
+
+@contextmanager
+def gathered(model: nn.Module, without: Container[nn.Module] = ()) -> Iterator[None]:
     """Within, every rank holds the whole model in its compute dtype: no collectives, so ranks may differ in length."""
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule) and module not in without]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()

@@ -177,7 +177,11 @@ def see_images(model: nn.Module, prompt: Mapping) -> dict:
     device = next(model.parameters()).device
     del inputs["pixel_values"]
     images = {key: value.to(device) for key, value in images.items()}
-    return {**inputs, IMAGE_FEATURES: root_forward(model, image_features)(images)}
+    was_training = model.training
+    model.eval()
+    seen = root_forward(model, image_features)(images)
+    model.train(was_training)
+    return {**inputs, IMAGE_FEATURES: seen}
 
 
 # ---- scoring -------------------------------------------------------------------------------------------------------
@@ -389,9 +393,12 @@ def pick_tokens(
     if temperature == 0:
         ids = logprobs.argmax(1)
     else:
-        # An exponential race: argmax of p / Exp(1) draws from p, and unlike multinomial it never waits for the device.
-        noise = torch.empty_like(logprobs).exponential_(generator=generator)
-        ids = (truncated(logprobs, top_k, top_p) - noise.log()).argmax(1)
+        # One uniform number per row, looked up in the cumulated probabilities: unlike multinomial it never waits for the
+        # device, and an exponential race costs a random number per entry. A sum of 150,000 terms wants float64.
+        sums = truncated(logprobs, top_k, top_p).exp().cumsum(1, dtype=torch.float64)
+        uniform = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=generator)
+        # The first entry whose sum exceeds the number: never one of probability 0, which adds nothing to the sum.
+        ids = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)[:, 0].clamp_(max=sums.shape[1] - 1)
     return ids, logprobs.gather(1, ids[:, None])[:, 0]
 
 

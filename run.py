@@ -33,6 +33,7 @@ from options import RunConfig, compute_dtype, file_names
 from parallel import World, all_gather, all_sum, load_training_state, save_checkpoint, shard_model
 from rollout import plan_rows
 from vlm import (
+    DECODER_LAYERS,
     Prompt,
     build_prompt,
     describe_processor,
@@ -79,12 +80,15 @@ def load_policy(config: RunConfig, world: World) -> tuple[nn.Module, ProcessorMi
         freeze_vision=config.freeze_vision,
         gradient_checkpointing=config.gradient_checkpointing,
         trust_remote_code=config.trust_remote_code,
+        empty=config.dry_run or not world.first,
     )
     if world.first:
         tqdm.write(describe_processor(processor, config.box_space))
     choose_trained(model, config)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+    if config.dry_run:  # sizes are all it tells, and a config has them: no weights are loaded
+        return model, processor
     return shard_model(model, world, compute_dtype=dtype), processor
 
 
@@ -114,7 +118,7 @@ def choose_trained(model: nn.Module, config: RunConfig) -> None:
 def load_reference(config: RunConfig, world: World) -> nn.Module:
     """The frozen model that the KL penalty measures from: the one training started with, in the compute dtype."""
     dtype = compute_dtype(config.dtype)
-    model, _ = load_model(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    model, _ = load_model(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code, empty=not world.first)
     return shard_model(model.requires_grad_(False), world, compute_dtype=dtype, trained=False)
 
 
@@ -545,6 +549,14 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes on Linux
 
 
+def draws_sharded(config: RunConfig, model: nn.Module, world: World) -> bool:
+    """Whether layers stay sharded while drawing: because asked for, or because a whole copy would not fit."""
+    if world.size == 1:
+        return False
+    terms = memory_estimate(model, world, config, reference=False, row_tokens=0)
+    return config.draw_sharded or sum(terms.values()) > 0.9 * device_memory_gb(world.device)
+
+
 def device_memory_gb(device: torch.device) -> float:
     """Memory of the GPU, or of the machine where there is none."""
     if device.type == "cuda":
@@ -564,9 +576,11 @@ def memory_estimate(
     layer_width = (
         2 * text.hidden_size if config.gradient_checkpointing else 14 * text.hidden_size + 4 * text.intermediate_size
     )
+    layers = sum(p.numel() for p in model.get_submodule(DECODER_LAYERS).parameters())
+    gathered = trained if shards == 1 else total - layers if world.draw_sharded else total
     terms = {
         "weights, gradients, moments": (held + 12 * trained) / shards,
-        "whole copy while drawing": width * (total if shards > 1 else trained) if world.mesh is not None else 0,
+        "gathered while drawing": width * gathered if world.mesh is not None else 0,
         "reference": width * total / shards if reference else 0,
         ACTIVATIONS: row_tokens * text.num_hidden_layers * layer_width * width,
         "logits of a chunk": 3 * 4 * CHUNK_LOGITS[world.device.type],

@@ -7,7 +7,7 @@ A true box is written as {"bbox_2d": [x1, y1, x2, y2]}, rounded to whole numbers
 import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from run import (
     RunLog,
     StopSignal,
     describe_run,
+    draws_sharded,
     learning_rate_factor,
     load_policy,
     load_run_samples,
@@ -125,6 +126,7 @@ def main(config: Config) -> None:
         samples, eval_sets = load_run_samples(config, world)
         policy, processor = load_policy(config, world)
         steps = total_steps(config, len(samples))
+        world = replace(world, draw_sharded=draws_sharded(config, policy, world))
         if config.dry_run:
             text = describe_run(policy, processor, samples, config, world, steps, completions=1, reference=False)
             if world.first:

@@ -492,7 +492,7 @@ def test_train_and_eval_pass_on_that_images_outside_are_asked_for(tmp_path, monk
     path.write_bytes(line(image="../plain.png"))
     files = {"data": [str(path)], "image_root": [str(tmp_path / "images")]}
     alone, reached = World(0, 1, torch.device("cpu"), None), []
-    monkeypatch.setattr(evaluation, "load_model", lambda *names, **named: reached.append(1) or 1 / 0)
+    monkeypatch.setattr(evaluation, "load_any", lambda *names, **named: reached.append(1) or 1 / 0)
     with pytest.raises(ValueError, match="--allow_outside_root"):
         load_run_samples(Config(**files), alone)
     with pytest.raises(ValueError, match="--allow_outside_root"):

@@ -459,7 +459,7 @@ def test_the_estimate_of_memory_counts_a_base_in_bf16_and_few_trained(checkpoint
         terms = memory_estimate(model, world, config, reference=False, row_tokens=8192)
         assert sum(p.numel() for _, p in trainable(model)) == 4 * NUM_ADAPTERS
     assert terms["weights, gradients, moments"] * 1e9 == 2 * 1_104_672 + 16 * 4 * NUM_ADAPTERS
-    assert terms["whole copy while drawing"] * 1e9 == 2 * 4 * NUM_ADAPTERS and terms["reference"] == 0
+    assert terms["gathered while drawing"] * 1e9 == 2 * 4 * NUM_ADAPTERS and terms["reference"] == 0
 
 
 # ---- learning rates ------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """parallel.py and the exactness of a step: two processes against one, any cut into rows, images on one rank only."""
 
+import gc
+import itertools
 import json
 import os
 import socket
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors import safe_open
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
@@ -17,6 +20,7 @@ from transformers import AutoModelForImageTextToText
 
 import toy
 import train
+import vlm
 from data import Sample
 from grpo import group_advantages
 from parallel import (
@@ -25,7 +29,9 @@ from parallel import (
     _row_range,
     all_gather,
     all_sum,
+    clip_gradients,
     copy_side_files,
+    drawing,
     gathered,
     load_training_state,
     process_group,
@@ -33,7 +39,7 @@ from parallel import (
     shard_model,
 )
 from rollout import completion_logprobs, sample_completions, see_images
-from run import RowBudget, make_optimizers
+from run import RowBudget, load_policy, load_reference, make_optimizers, memory_estimate
 from test_rollout import make_completions, make_prompts
 from train import Rollout, learn, make_rows, score_rollout
 from vlm import Prompt, blank_prompt, trainable
@@ -155,6 +161,11 @@ def two_processes(rank, port, directory):
             prompts = make_prompts(processor, (1, 0, 2, 0))[: 2 + rank]
             drawn = sample_completions(model, prompts, 1, max_new_tokens=5 + 3 * rank, eos_ids=[2], temperature=0)
         results["drawn"] = all_gather([[ids.tolist() for [ids] in drawn]], world)
+        with drawing(model, replace(world, draw_sharded=True)):
+            layers = model.model.language_model.layers
+            results["kept_sharded"] = all(isinstance(parameter, DTensor) for parameter in layers.parameters())
+            drawn = sample_completions(model, prompts, 1, max_new_tokens=5 + 3 * rank, eos_ids=[2], temperature=0)
+        results["drawn_in_step"] = all_gather([[ids.tolist() for [ids] in drawn]], world)
         results["after_draw"] = step_gradients(model, reference, processor, world, 4096)
         with torch.no_grad():
             completion_logprobs(model, make_prompts(processor, (1,)), make_completions(model, 1))
@@ -232,12 +243,109 @@ def single(tmp_path_factory):
     return results
 
 
-@pytest.fixture(scope="module")
-def double(single):
+def allocated():
+    """Bytes of all tensors that this process holds, by their storages."""
+    gc.collect()
+    tensors = [t._local_tensor if isinstance(t, DTensor) else t for t in gc.get_objects() if isinstance(t, Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def weigh(rank, port, checkpoint, directory):
+    """What each kind of run really holds in two processes, term by term, beside the estimate."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    found = {}
+    with process_group(bf16=True) as world:
+        sharded = replace(world, draw_sharded=True)
+        for dtype, rank_of_adapters in itertools.product(("fp32", "bf16"), (0, 8)):
+            config = replace(CONFIG, model=checkpoint, dtype=dtype, lora_rank=rank_of_adapters, min_pixels=256)
+            before = allocated()
+            policy = load_policy(config, world)[0]
+            optimizers = make_optimizers(policy, config)
+            clip_gradients([parameter for _, parameter in trainable(policy)], 1.0)  # of zero, where there are none
+            for optimizer in optimizers:
+                optimizer.step()
+            steady = allocated()
+            real = [steady - before]
+            for place in (world, sharded):
+                with drawing(policy, place):
+                    real.append(allocated() - steady)
+            whole = memory_estimate(policy, world, config, reference=True, row_tokens=0)
+            parts = memory_estimate(policy, sharded, config, reference=True, row_tokens=0)
+            names = ("weights, gradients, moments", "gathered while drawing", "reference")
+            estimate = [whole[names[0]], whole[names[1]], parts[names[1]]]
+            reference = None
+            if not rank_of_adapters:  # adapters have their base for a reference
+                reference = load_reference(config, world)
+                real.append(allocated() - steady)
+                estimate.append(whole[names[2]])
+            found[dtype, rank_of_adapters] = list(zip(real, [gb * 1e9 for gb in estimate], strict=True))
+            del policy, optimizers, optimizer, reference
+    torch.save(found, Path(directory) / f"weighed{rank}.pt")
+
+
+def test_the_estimate_of_memory_is_what_fsdp_allocates(checkpoint, tmp_path):
+    spawn(weigh, 2, checkpoint, str(tmp_path))
+    for (dtype, adapters), terms in torch.load(tmp_path / "weighed0.pt").items():
+        for real, estimate in terms:
+            assert real == pytest.approx(estimate, rel=0.02), (dtype, adapters, terms)
+
+
+def four_processes(rank, port, checkpoint, directory):
+    """Two nodes of two, as torchrun would describe them; only the first rank of all reads the checkpoint."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank % 2), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    loaded, real = [], AutoModelForImageTextToText.from_pretrained
+    vlm.AutoModelForImageTextToText.from_pretrained = lambda *a, **o: loaded.append(rank) or real(*a, **o)
+    results = {}
+    with process_group(bf16=False, shard_within_node=True) as world:
+        config = replace(CONFIG, model=checkpoint, min_pixels=256)
+        policy, processor = load_policy(config, world)
+        reference = load_reference(config, world)
+        results["loaded"], results["mesh"] = loaded, (world.mesh.mesh_dim_names, tuple(world.mesh.shape))
+        results["gradients"] = step_gradients(policy, reference, processor, world, 60)[0]
+        results["eos"] = policy.generation_config.eos_token_id
+        with gathered(policy):
+            drawn = sample_completions(
+                policy, make_prompts(processor, (1, 0)), 1, max_new_tokens=4 + rank, eos_ids=[], temperature=0
+            )
+        results["drawn"] = [ids.tolist() for [ids] in drawn]
+        state = {"step": 1, "best": None}
+        save_checkpoint(Path(directory) / "four", policy, [], state, world, source=checkpoint, dtype=torch.float32,
+                        pixels=(256, 65536))  # fmt: skip
+    torch.save(results, Path(directory) / f"node{rank}.pt")
+
+
+def spawn(job, count, *arguments):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(two_processes, (port, str(single["directory"])), nprocs=2)
+    mp.spawn(job, (port, *arguments), nprocs=count)
+
+
+def test_two_nodes_of_two_train_and_draw_as_one_process_and_one_rank_reads_the_checkpoint(checkpoint, tmp_path):
+    spawn(four_processes, 4, checkpoint, str(tmp_path))
+    nodes = [torch.load(tmp_path / f"node{rank}.pt", weights_only=False) for rank in range(4)]
+    config = replace(CONFIG, model=checkpoint, min_pixels=256)
+    policy, processor = load_policy(config, ALONE)
+    gradients = step_gradients(policy, load_reference(config, ALONE), processor, ALONE, 4096)[0]
+    drawn = sample_completions(policy, make_prompts(processor, (1, 0)), 1, max_new_tokens=7, eos_ids=[], temperature=0)
+    for rank, results in enumerate(nodes):
+        assert results["mesh"] == (("replicate", "shard"), (2, 2))
+        assert results["loaded"] == ([0, 0] if rank == 0 else [])  # policy and reference
+        assert relative_difference(results["gradients"], gradients) < 1e-6
+        assert results["drawn"] == [ids[: 4 + rank].tolist() for [ids] in drawn]
+        assert results["eos"] == policy.generation_config.eos_token_id
+    files = sorted(path.name for path in (tmp_path / "four").glob("*.training"))
+    assert files == ["state-00000.training", "state-00001.training"]  # of the first node
+    saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "four").state_dict()
+    assert all(saved[name].equal(value) for name, value in policy.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def double(single):
+    spawn(two_processes, 2, str(single["directory"]))
     return [torch.load(single["directory"] / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
@@ -288,6 +396,11 @@ def test_a_gathered_model_draws_what_one_process_draws_and_shards_again(single, 
         first, second = results["drawn"]
         assert first == [ids[:5] for ids in single["drawn"][:2]] and second == single["drawn"][:3]
         assert relative_difference(results["after_draw"][0], single[4096][0]) < 1e-6
+
+
+def test_ranks_draw_different_numbers_of_tokens_from_layers_that_stay_sharded(double):
+    for results in double:
+        assert results["kept_sharded"] and results["drawn_in_step"] == results["drawn"]
 
 
 def test_after_drawing_a_forward_frees_each_block_again(double):

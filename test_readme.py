@@ -49,7 +49,16 @@ def test_every_option_the_readme_names_exists():
     import train
 
     fields = {name for module in (train, sft, evaluation, prepare) for name in module.Config.__dataclass_fields__}
-    foreign = {"standalone", "nproc_per_node", "nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint"}
+    foreign = {
+        "standalone",
+        "nproc_per_node",
+        "nnodes",
+        "node_rank",
+        "rdzv_backend",
+        "rdzv_endpoint",
+        "nodes",
+        "ntasks",
+    }
     for name in re.findall(r"--(\w+)", README):
         assert name in fields | foreign | {"help"}, name
     assert toy.MODEL.is_dir()

@@ -218,7 +218,7 @@ def test_the_gap_between_drawing_and_training_is_rounding_alone():
     inputs = make_rollout(model, processor, ALONE).prompts
     prompts = [replace(prompt, answer="[0, 0, 1, 1]") for prompt in inputs]
     rollout = roll_out(
-        model, processor, prompts, config, generator=torch.Generator().manual_seed(0), eos_ids=[2], banned_ids=[]
+        model, processor, prompts, config, ALONE, generator=torch.Generator().manual_seed(0), eos_ids=[2], banned_ids=[]
     )
     rollout = replace(rollout, advantages=torch.ones_like(rollout.advantages))  # as if the rewards differed
     figures = learn(model, [Recorder(model)], rollout, None, config, ALONE, blank_prompt(processor), [], fixed())
@@ -268,9 +268,9 @@ def test_groups_drawn_a_few_at_a_time_are_complete_and_in_order():
     prompts = make_rollout(model, processor, ALONE).prompts
     prompts = [replace(prompt, answer="[0, 0, 1, 1]") for prompt in prompts]
     options = {"eos_ids": [2], "banned_ids": []}
-    few = roll_out(model, processor, prompts, config, generator=torch.Generator().manual_seed(0), **options)
+    few = roll_out(model, processor, prompts, config, ALONE, generator=torch.Generator().manual_seed(0), **options)
     config = replace(config, draw_batch_size=512)
-    many = roll_out(model, processor, prompts, config, generator=torch.Generator().manual_seed(0), **options)
+    many = roll_out(model, processor, prompts, config, ALONE, generator=torch.Generator().manual_seed(0), **options)
     assert few.texts == many.texts and len(few.texts) == 12  # nearly greedy, so the noise does not matter
 
 
@@ -422,7 +422,7 @@ def test_torchrun_with_two_processes_trains_and_logs_once(checkpoint, scenes, tm
         "2",
         str(HERE / "train.py"),
     ]
-    more = ["--steps", "2", "--eval_every", "2", "--freeze_vision", "--gradient_checkpointing"]
+    more = ["--steps", "2", "--eval_every", "2", "--freeze_vision", "--gradient_checkpointing", "--draw_sharded"]
     done = subprocess.run(
         command + options(checkpoint, scenes, tmp_path / "out", *more), capture_output=True, text=True
     )

@@ -35,7 +35,7 @@ from parallel import (
     all_sum,
     apply_gradients,
     clip_gradients,
-    gathered,
+    drawing,
     gradient_scale,
     launch,
     process_group,
@@ -49,6 +49,7 @@ from run import (
     RunLog,
     StopSignal,
     describe_run,
+    draws_sharded,
     learning_rate_factor,
     load_policy,
     load_reference,
@@ -218,6 +219,7 @@ def roll_out(
     processor: ProcessorMixin,
     prompts: list[Prompt],
     config: Config,
+    world: World,
     *,
     generator: torch.Generator,
     eos_ids: list[int],
@@ -226,7 +228,7 @@ def roll_out(
     """Draws a group for each prompt and scores it."""
     completions, logprobs = [], []
     batch = max(1, config.draw_batch_size // config.group_size)
-    with gathered(policy):
+    with drawing(policy, world):
         if tower_is_frozen(policy):
             prompts = [replace(prompt, inputs=see_images(policy, prompt)) for prompt in prompts]
         for start in range(0, len(prompts), batch):
@@ -467,7 +469,7 @@ def train_step(
     torch.manual_seed(step_seed(config, step, world))  # of dropout
     prompts = feed.take(step)
     with timed("draw", world) as draw:
-        rollout = roll_out(policy, processor, prompts, config, generator=generator, **ids)
+        rollout = roll_out(policy, processor, prompts, config, world, generator=generator, **ids)
     banned = ids["banned_ids"]
     with timed("score", world) as score:
         with adapters_off(policy):  # with LoRA, that is the reference
@@ -521,6 +523,7 @@ def main(config: Config) -> None:
         samples, eval_sets = load_run_samples(config, world)
         policy, processor = load_policy(config, world)
         steps = total_steps(config, len(samples))
+        world = replace(world, draw_sharded=draws_sharded(config, policy, world))
         if config.dry_run:
             text = describe_run(
                 policy,
@@ -538,14 +541,14 @@ def main(config: Config) -> None:
         reference = (policy if config.lora_rank else load_reference(config, world)) if config.beta else None
         optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
         if tower_is_frozen(policy):
-            with gathered(policy):
+            with drawing(policy, world):
                 blank = replace(blank, inputs=see_images(policy, blank))
         ids = {"eos_ids": eos_token_ids(policy, processor), "banned_ids": banned_token_ids(policy, processor)}
         out = open_run(config, world)
         feed = PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl", steps)
         keeper = CheckpointKeeper(out, policy, optimizers, config, world)
         start = keeper.resume() if config.resume else 0
-        budget = row_budget(config, policy, world, reference=config.beta > 0)
+        budget = row_budget(config, policy, world, reference=config.beta > 0 and not config.lora_rank)
         log, stop, recent = RunLog(out, config, world, start), StopSignal(), deque(maxlen=WARN_EVERY)
         if start == 0 and config.eval_every:
             keeper.best = evaluate_sets(policy, processor, eval_sets, 0, config, world, log)

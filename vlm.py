@@ -103,8 +103,12 @@ def load_model(
     freeze_vision: bool = False,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    empty: bool = False,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model, on the CPU and in eval mode, and its processor with the pixel budget applied."""
+    """The model, on the CPU and in eval mode, and its processor with the pixel budget applied.
+
+    `empty` leaves the weights out (meta tensors): `parallel.shard_model` fills them from the rank that has them.
+    """
     # Read as JSON: an unsupported checkpoint is refused before any code that it brings could run.
     family_of(PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type", ""))
     # Never left at None, which asks at the terminal, in every process.
@@ -116,7 +120,12 @@ def load_model(
             f"{name_or_path}: layers of {', '.join(sorted(layers))}; a packed row is causal without a window, "
             "so only full_attention is supported"
         )
-    model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa", **remote)
+    options = {"dtype": dtype, "attn_implementation": "sdpa", **remote}
+    if empty:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, **options)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(name_or_path, **options)
     use_shared_prefix(model)
     if freeze_vision:
         for name in vision_modules(model):
