@@ -276,6 +276,11 @@ def test_what_does_not_fit_the_files_is_refused_with_the_value(files, argv, reas
     assert reason in str(error.value)
 
 
+def test_a_reward_named_twice_is_refused():
+    with pytest.raises(ValueError, match="rewards iou iou name one twice"):
+        parse_options(Config, ["--model", "m", "--data", "d", "--rewards", "iou", "iou"], {})
+
+
 def test_evaluation_files_take_template_and_reward_of_the_file_they_are_like(files):
     own = [str(files / f"{name}.jsonl") for name in ("two", "math")]
     config = parse(files, "--eval_data", *own, "--eval_like", "two", "math", "--eval_limit", "3")

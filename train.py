@@ -105,7 +105,7 @@ class Config(RunConfig):
             raise ValueError(
                 f"{len(self.reward_weights)} reward_weights for {len(self.rewards)} rewards: give one each"
             )
-        self._check_file_weights()
+        self._check_rewards_of_files()
         if self.group_size < 2:
             raise ValueError(
                 f"group_size is {self.group_size}: an advantage compares completions, so it must be at least 2"
@@ -127,14 +127,18 @@ class Config(RunConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
-    def _check_file_weights(self) -> None:
+    def _check_rewards_of_files(self) -> None:
         check_per_file(self.data, file_reward_weights=self.file_reward_weights)
         if self.reward_weights and (self.file_rewards or self.file_reward_weights):
             raise ValueError(
                 f"reward_weights are {self.reward_weights} where each file has its own rewards or weights: give "
                 "--file_reward_weights alone"
             )
-        for task, text in zip(self.tasks_under(self.rewards, []), self.file_reward_weights, strict=False):
+        tasks = self.tasks_under(self.rewards, [])
+        for task in tasks:
+            if len(set(task.rewards)) < len(task.rewards):
+                raise ValueError(f"rewards {' '.join(task.rewards)} name one twice: give it a weight instead")
+        for task, text in zip(tasks, self.file_reward_weights, strict=False):
             try:
                 weights = [float(number) for number in text.split()]
             except ValueError as error:
@@ -383,13 +387,14 @@ def rollout_figures(rollout: Rollout, config: Config, world: World, eos_ids: lis
     files = [f"file/{task.name}/" for task in tasks] if len(tasks) > 1 else []
     keys = [*names, *GROUP_FIGURES, *(f"{file}{key}" for file in files for key in FILE_FIGURES)]
     sums, counts = dict.fromkeys(keys, 0.0), dict.fromkeys(keys, 0.0)
+    totals = rollout.totals.cpu()
     earned = rollout.rewards.view(-1, size, len(names)).mean(1).tolist()  # NaN again for what the file does not pay
     for number, prompt in enumerate(rollout.prompts):
         place, task = slice(number * size, (number + 1) * size), tasks[prompt.sample.file]
         told = group_figures(
             rollout.texts[place],
             rollout.completions[number],
-            rollout.totals[place],
+            totals[place],
             eos_ids,
             one_box=(prompt.sample.reward or task.rewards[0]) in ("iou", "giou"),
         )
