@@ -393,8 +393,8 @@ def pick_tokens(
     if temperature == 0:
         ids = logprobs.argmax(1)
     else:
-        # One uniform number per row, looked up in the cumulated probabilities: unlike multinomial it never waits for the
-        # device, and an exponential race costs a random number per entry. A sum of 150,000 terms wants float64.
+        # One uniform number per row, looked up in the cumulated probabilities: unlike multinomial it never waits for
+        # the device, and an exponential race costs a random number per entry. 150,000 terms want a sum in float64.
         sums = truncated(logprobs, top_k, top_p).exp().cumsum(1, dtype=torch.float64)
         uniform = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=generator)
         # The first entry whose sum exceeds the number: never one of probability 0, which adds nothing to the sum.

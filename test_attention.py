@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import attention
+import toy
 from attention import GroupCache, attend_row, merge, row_layout, shared_prefix, use_shared_prefix
-from bench import build_model
 
 CPU = torch.device("cpu")
 ROWS = {  # prompt lengths, lengths of each prompt's completions
@@ -106,7 +106,7 @@ def test_a_cache_that_drops_sequences_attends_as_every_sequence_alone_does():
 
 
 def test_a_model_keeps_its_own_attention_outside_and_plain_calls_are_unchanged():
-    model, ids = build_model("tiny"), torch.randint(10, 1000, (2, 12))
+    model, ids = toy.build_model(toy.build_processor().tokenizer), torch.randint(10, 150, (2, 12))
     visible = torch.ones_like(ids)
     visible[0, :5] = 0
     expected = model(input_ids=ids, attention_mask=visible).logits
