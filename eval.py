@@ -27,7 +27,7 @@ from options import RunConfig, compute_dtype, parse_options
 from parallel import World, all_gather, gathered, launch, process_group, shard_model
 from rewards import average_precision, first_box, iou, load_reward, parse_boxes, reads_boxes
 from rollout import sample_completions
-from run import RunLog, load_samples, seeded_sample
+from run import RunLog, load_samples, seed_step, seeded_sample
 from vlm import (
     MAX_PIXELS,
     banned_token_ids,
@@ -215,6 +215,7 @@ def evaluate_sets(
 ) -> float | None:
     """Evaluates a model in training on each set, prints and logs the figures; the first set's headline comes back."""
     score = None
+    seed_step(config, step, world)  # a reward may be random
     for name, samples in eval_sets.items():
         rows = greedy_rows(
             model,

@@ -125,8 +125,12 @@ def grpo_loss(
         return (torch.where(mask, values, 0.0).sum() / num_tokens).detach()
 
     # VLM-R1 logs the opposite of a clip fraction (tokens whose unclipped term was chosen); these are the clipped ones.
+    beyond = (torch.where(mask, logprobs - old_logprobs, 0.0).abs() > MAX_LOG_RATIO) | (
+        ref_logprobs is not None and (torch.where(mask, ref_logprobs - logprobs, 0.0).abs() > MAX_LOG_RATIO)
+    )
     figures = {
         "kl": token_mean(kl),
+        "clamped": token_mean(beyond.to(ratio.dtype)),
         "clip_low": token_mean(((ratio < 1 - clip_low) & (advantage < 0)).to(ratio.dtype)),
         "clip_high": token_mean(((ratio > 1 + clip_high) & (advantage > 0)).to(ratio.dtype)),
     }

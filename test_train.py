@@ -64,7 +64,7 @@ def test_a_samples_own_method_replaces_the_first_reward_only():
     good = "<think>x</think><answer>[0, 0, 10, 10]</answer>"
     choice = "<think>x</think><answer>B</answer>"
     prompts = [prompt_of(), prompt_of("B", "mcq", False)]
-    rewards = score_texts([good, "[0, 0, 5, 10]", choice, "A"], prompts, config, torch.device("cpu"))
+    rewards = score_texts([good, "[0, 0, 5, 10]", choice, "A"], prompts, config, torch.device("cpu"))[0]
     assert rewards[:, 1].tolist() == [1, 0, 1, 0]
     assert rewards[0, 0] == 1 and rewards[2, 0] == 1 and rewards[3, 0] == 0
 
@@ -72,7 +72,7 @@ def test_a_samples_own_method_replaces_the_first_reward_only():
 def test_a_reward_of_ones_own_is_loaded_from_a_file(tmp_path):
     (tmp_path / "mine.py").write_text("def length(completion, answer):\n    return float(len(completion))\n")
     config = replace(CONFIG, rewards=[f"{tmp_path}/mine.py:length"], group_size=2)
-    assert score_texts(["abc", ""], [prompt_of()], config, torch.device("cpu")).tolist() == [[3.0], [0.0]]
+    assert score_texts(["abc", ""], [prompt_of()], config, torch.device("cpu"))[0].tolist() == [[3.0], [0.0]]
 
 
 @pytest.mark.parametrize("row_tokens", [60, 4096])
@@ -234,11 +234,66 @@ def test_warnings_name_the_likely_cause():
     assert "equal rewards" in causes_for_concern([{**fine, "groups_equal": 1.0}], config)[0]
 
 
-def test_a_reward_that_is_not_a_number_stops_with_its_sample(tmp_path):
-    (tmp_path / "bad.py").write_text("def nan(completion, answer):\n    return float('nan')\n")
-    config = replace(CONFIG, rewards=[f"{tmp_path}/bad.py:nan"], group_size=2)
-    with pytest.raises(ValueError, match="here: rewards .* gave .nan. for 'abc'"):
-        score_texts(["abc", ""], [prompt_of()], config, torch.device("cpu"))
+BAD_REWARDS = """
+import time
+
+def nan(completion, answer):
+    return float("nan")
+
+def nothing(completion, answer):
+    return None
+
+def fails(completion, answer):
+    return 1.0 if completion else 1 / 0
+
+def sleeps(completion, answer):
+    time.sleep(0.0 if completion else 60)
+    return 1.0
+
+def swallows(completion, answer):
+    try:
+        while not completion:
+            pass
+    except Exception:
+        return 0.5
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("nan", "gave nan, no finite number"),
+        ("nothing", "raised TypeError"),
+        ("fails", "raised ZeroDivisionError: division by zero"),
+        ("sleeps", "took longer than 0.2 s"),
+        ("swallows", "took longer than 0.2 s"),
+    ],
+)
+def test_a_reward_that_raises_hangs_or_gives_no_number_counts_0_and_is_named_with_its_sample(tmp_path, name, reason):
+    (tmp_path / "bad.py").write_text(BAD_REWARDS)
+    spec = f"{tmp_path}/bad.py:{name}"
+    config = replace(CONFIG, rewards=["iou", spec], group_size=2, reward_seconds=0.2)
+    rewards, errors = score_texts(["[0, 0, 10, 10]", ""], [prompt_of()], config, torch.device("cpu"))
+    assert rewards[1].tolist() == [0.0, 0.0] and errors[-1].startswith(f"here (s): reward {spec} {reason}")
+    assert errors[-1].endswith("for ''") and len(errors) == (2 if name in ("nan", "nothing") else 1)
+    assert rewards[0].tolist() == ([0.0, 0.0] if len(errors) == 2 else [0.0, 1.0]) or rewards[0, 0] > 0
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("answer", ["stop", "zero"])
+def test_a_failing_reward_stops_the_run_with_its_sample_or_scores_0_and_is_counted(
+    checkpoint, scenes, tmp_path, answer, capsys
+):
+    (tmp_path / "bad.py").write_text("def bad(completion, answer):\n    return 1 / 0 if len(completion) % 2 else 1.0\n")
+    more = ["--steps", "2", "--eval_every", "0", "--rewards", f"{tmp_path}/bad.py:bad", "--on_reward_error", answer]
+    if answer == "stop":
+        with pytest.raises(ValueError, match=r"train.jsonl:\d+ .*bad raised ZeroDivisionError.*--on_reward_error zero"):
+            run(checkpoint, scenes, tmp_path / "out", *more)
+        return
+    rows = run(checkpoint, scenes, tmp_path / "out", *more)
+    assert [row["reward"] for row in rows] == pytest.approx([1 - row["reward_errors"] / 6 for row in rows])
+    assert sum(row["reward_errors"] for row in rows) > 0 and "score 0, the first: " in capsys.readouterr().out
 
 
 def test_a_gradient_that_is_not_finite_is_counted_and_changes_no_weight():

@@ -116,7 +116,9 @@ def load_model(
             f"{name_or_path}: layers of {', '.join(sorted(layers))}; a packed row is causal without a window, "
             "so only full_attention is supported"
         )
-    model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa", **remote)
+    model = AutoModelForImageTextToText.from_pretrained(
+        name_or_path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **remote
+    )
     use_shared_prefix(model)
     if freeze_vision:
         for name in vision_modules(model):
