@@ -69,16 +69,13 @@ MAX_BAD_SHARE = 0.01  # of the samples used; more than that is a broken data set
 
 
 def open_run(config: RunConfig, world: World) -> Path:
-    """The output directory, made and with config.json in it; refuses one that holds another run."""
+    """The output directory, made; refuses one that holds another run."""
     name = config.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(all_gather([name], world)[0])  # the clocks of the ranks may differ
     if not config.resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"{out} holds a run: give another --output_dir, or --resume {out} to go on with it")
     if world.first:
         out.mkdir(parents=True, exist_ok=True)
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        text = json.dumps({"options": asdict(config), "versions": versions}, indent=1)
-        write_text_safely(out / "config.json", text)
     return out
 
 
@@ -547,6 +544,10 @@ class RunLog:
         self.waiting: dict[Path, list[dict]] = {}  # rows that a full disk did not take
         if self.first:
             self.say(f"writing to {out}")
+            # Only now: a resume that was refused leaves the options of the run as they were.
+            versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+            text = json.dumps({"options": asdict(config), "versions": versions}, indent=1)
+            write_text_safely(out / "config.json", text)
             for name in LOGS:
                 _drop_after(out / name, start_step)  # a resumed run repeats what came after its checkpoint
             newer, older = out / "completions.jsonl", out / "completions.1.jsonl"
