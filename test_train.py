@@ -348,25 +348,16 @@ def test_a_run_writes_what_the_readme_lists(checkpoint, scenes, tmp_path):
 
 
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(checkpoint, scenes, tmp_path):
-    whole = run(checkpoint, scenes, tmp_path / "whole", "--steps", "4", "--eval_every", "0", "--save_every", "2",
-                "--num_iterations", "2")  # fmt: skip
-    run(
-        checkpoint,
-        scenes,
-        tmp_path / "cut",
-        "--steps",
-        "3",
-        "--eval_every",
-        "0",
-        "--save_every",
-        "2",
-        "--num_iterations",
-        "2",
-    )
+    (tmp_path / "mine.py").write_text("def length(completion, answer):\n    return len(completion) % 5 / 4\n")
+    shared = ["--eval_every", "0", "--save_every", "2", "--num_iterations", "2"]
+    shared += ["--rewards", f"{tmp_path}/mine.py:length"]  # which varies: else nothing moves, and no loss is seen
+    whole = run(checkpoint, scenes, tmp_path / "whole", "--steps", "4", *shared)
+    run(checkpoint, scenes, tmp_path / "cut", "--steps", "3", *shared)
     (tmp_path / "cut" / "checkpoints" / "step-000003").rename(tmp_path / "gone")  # as if it died after step 2 was saved
     main(parse_options(Config, ["--resume", str(tmp_path / "cut"), "--steps", "4"], {}))
     cut = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert only_numbers(cut) == only_numbers(whole)
+    assert all(row["grad_norm"] > 0 and row["reward_std"] > 0 for row in whole) and whole[-1]["kl"] > 0
     weights = [
         (tmp_path / name / "checkpoints" / "step-000004" / "model.safetensors").read_bytes()
         for name in ("whole", "cut")
