@@ -215,7 +215,7 @@ def load_masters(directory):
 
 
 def test_what_lies_beside_the_checkpoint_is_restored_with_it(checkpoint, tmp_path, reward):
-    """Samples set aside, the link to the best, the rows that auto came to: they are those of the step resumed from."""
+    """Samples set aside and the rows that auto came to are those of the step resumed from."""
     toy.write_split(tmp_path, "train", 12, seed=3)
     image = tmp_path / "train" / "00005.png"
     image.write_bytes(image.read_bytes()[:600])
@@ -225,8 +225,6 @@ def test_what_lies_beside_the_checkpoint_is_restored_with_it(checkpoint, tmp_pat
     run_here([*argv, "--steps", "8"], whole)
     run_here([*argv, "--steps", "6"], cut)
     (cut / "checkpoints" / "step-000006").rename(tmp_path / "gone")
-    best = json.loads((whole / "checkpoints" / "step-000008" / "trainer.json").read_text())["best_step"]
-    (cut / "best").unlink(missing_ok=True)  # as if it had died between the checkpoint and its link
     set_aside = read_rows(whole / "bad_samples.jsonl")
     assert len(set_aside) == 1 and set_aside[0]["step"] <= 6
     state = cut / "checkpoints" / "step-000004" / "trainer.json"
@@ -236,9 +234,20 @@ def test_what_lies_beside_the_checkpoint_is_restored_with_it(checkpoint, tmp_pat
     assert [row.pop("row_tokens") for row in rows[4:]] == [300] * 4
     assert [row["bad_samples"] for row in rows] == [row["bad_samples"] for row in expected]
     assert rows[-1]["bad_samples"] == 1 and read_rows(cut / "bad_samples.jsonl") == set_aside
-    assert (best is None) == (not (cut / "best").exists())
-    if best:
-        assert (cut / "best").resolve().name == (whole / "best").resolve().name
+
+
+def test_the_link_to_the_best_is_made_where_a_run_died_before_it(checkpoint, scenes, tmp_path, reward, monkeypatch):
+    out = tmp_path / "out"
+    scores = iter([0.1, 0.5, 0.2])
+    monkeypatch.setattr(train, "evaluate_sets", lambda *arguments, **named: next(scores))
+    argv = argv_of(checkpoint, scenes, *reward, "--eval_every", "1", "--save_every", "1", "--steps", "2")
+    run_here(argv, out)
+    assert (out / "best").resolve().name == "step-000001"
+    (out / "best").unlink()
+    run_here(["--resume", str(out), "--steps", "3", "--eval_every", "0"])
+    assert (out / "best").resolve().name == "step-000001" and (out / "best").is_dir()
+    state = json.loads((out / "checkpoints" / "step-000003" / "trainer.json").read_text())
+    assert (state["best"], state["best_step"]) == (0.5, 1)
 
 
 def run_here(argv, out=None):
