@@ -244,6 +244,8 @@ def test_the_link_to_the_best_is_made_where_a_run_died_before_it(checkpoint, sce
     run_here(argv, out)
     assert (out / "best").resolve().name == "step-000001"
     (out / "best").unlink()
+    run_here(["--resume", str(out), "--eval_every", "0"])  # nothing is left to do
+    assert (out / "best").resolve().name == "step-000001" and (out / "best").is_dir()
     run_here(["--resume", str(out), "--steps", "3", "--eval_every", "0"])
     assert (out / "best").resolve().name == "step-000001" and (out / "best").is_dir()
     state = json.loads((out / "checkpoints" / "step-000003" / "trainer.json").read_text())
