@@ -8,26 +8,31 @@ Hugging Face's layers call it by the name in their config (`use_shared_prefix`);
 `attend` what it attends over, and one without it is plain sdpa. The dense mask stays the truth that this is tested
 against. Left out: sliding windows, attention sinks, dropout.
 
-Shapes: S tokens of a packed row, N completions in it, C tokens of the longest, T of all; H query heads, K key heads,
-D their size; R sequences decoded, B prompts, P tokens of the longest prompt.
+Shapes: S tokens of a packed row, T of its completions; n completions of a batch, c tokens of the longest, t of all;
+H query heads, K key heads, D their size; R sequences decoded, B prompts, P tokens of the longest prompt.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "shared_prefix"
-# Given beside `attend`: a 4-D mask passes through transformers as it is, so that none is made, and nothing reads it.
-NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+
+@cache
+def no_mask(device: torch.device) -> Tensor:
+    """Given beside `attend`: a 4-D mask passes through transformers as it is, so none is made, and nothing reads it."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def use_shared_prefix(model: nn.Module) -> None:
@@ -53,6 +58,8 @@ def shared_prefix_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attend=None, **options
 ) -> tuple[Tensor, None]:
     """What a layer of transformers calls: attend(layer, query, key, value, scale), or sdpa where none is given."""
+    if unknown := {name for name in ("softcap", "s_aux", "sliding_window") if options.get(name)}:
+        raise ValueError(f"attention with {', '.join(unknown)} is not computed here: load the model with plain sdpa")
     if attend is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
@@ -70,57 +77,89 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
 
 @dataclass(frozen=True)
 class RowLayout:
-    groups: list[tuple[int, int, int]]  # of each: its prompt's first token, its completions' first, the one after all
-    own: Tensor  # [N, C] place in the row of each completion's tokens; 0 where it has ended
-    inside: Tensor  # [N, C] bool, False where it has ended
-    places: Tensor  # [T] the places that are inside
-    order: Tensor  # [T] where they stand among the N * C
+    groups: list[
+        tuple[int, int, int]
+    ]  # (first, middle, last): a prompt's first token, its completions', the row's next
+    places: Tensor  # [T] place in the row of every completion token, completion by completion
+    numbers: Tensor  # [T] which completion each belongs to
+    batches: list["Batch"]  # the completions, those of like lengths together
 
     @cached_property
     def mask(self) -> Tensor:
         """[1, 1, S, S] bool, True where a query (row) sees a key: its own prompt and its own completion, to itself."""
         size = self.groups[-1][-1]
-        group, part = (torch.zeros(size, dtype=torch.long, device=self.own.device) for _ in range(2))
+        group, part = (torch.zeros(size, dtype=torch.long, device=self.places.device) for _ in range(2))
         for number, (first, _, last) in enumerate(self.groups):
             group[first:last] = number
-        part[self.places] = 1 + self.order // self.own.shape[1]  # 0 in a prompt, else the completion's number
+        part[self.places] = 1 + self.numbers  # 0 in a prompt
         same_group = group[:, None] == group[None, :]
         visible = (part[None, :] == 0) | (part[:, None] == part[None, :])
         return (same_group & visible).tril()[None, None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Completions that one kernel call takes together, padded to the longest: at most twice the shortest's length."""
+
+    own: Tensor  # [n, c] place in the row of each token; 0 where the completion has ended
+    ended: Tensor  # [n, c] bool
+    places: Tensor  # [t] the places that are tokens
+    order: Tensor  # [t] where they stand among the n * c
 
 
 def row_layout(
     prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], device: torch.device
 ) -> RowLayout:
     """The layout of [prompt | c1 | ... | cG], one group after the other."""
-    groups, starts, place = [], [], 0
+    groups, spans, place = [], [], 0  # spans: (place, length) of each completion
     for prompt_length, lengths in zip(prompt_lengths, completion_lengths, strict=True):
         first, place = place, place + prompt_length
         middle = place
         for length in lengths:
-            starts.append(place)
+            spans.append((place, length))
             place += length
         groups.append((first, middle, place))
-    sizes = torch.tensor([length for lengths in completion_lengths for length in lengths], dtype=torch.long)
-    steps = torch.arange(int(sizes.max()) if len(sizes) else 0)
+    # One long answer among short ones would pad them all to its length, so each power of two is a batch.
+    alike = defaultdict(list)
+    for start, length in spans:
+        if length:
+            alike[length.bit_length()].append((start, length))
+    places = [torch.arange(start, start + length) for start, length in spans]
+    numbers = torch.repeat_interleave(torch.tensor([length for _, length in spans], dtype=torch.long))
+    nothing = torch.empty(0, dtype=torch.long)
+    batches = [_batch(alike[size], device) for size in sorted(alike)]
+    return RowLayout(groups, _sent(torch.cat([nothing, *places]), device), _sent(numbers, device), batches)
+
+
+def _batch(spans: list[tuple[int, int]], device: torch.device) -> Batch:
+    starts, sizes = torch.tensor(spans).T
+    steps = torch.arange(int(sizes.max()))
     inside = steps < sizes[:, None]
-    own = torch.where(inside, torch.tensor(starts, dtype=torch.long)[:, None] + steps, 0)
+    own = torch.where(inside, starts[:, None] + steps, 0)
     order = inside.flatten().nonzero()[:, 0]  # here, on the CPU: a mask as an index would wait for the GPU
-    return RowLayout(groups, *(values.to(device) for values in (own, inside, own.flatten()[order], order)))
+    return Batch(*(_sent(values, device) for values in (own, ~inside, own.flatten()[order], order)))
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """The values on the device, without waiting for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def attend_row(layout: RowLayout, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Attention [1, H, S, D] of a packed row: a prompt over itself, a completion over its prompt and itself."""
-    if query.is_cuda and query.dtype == torch.float32:  # no kernel there returns log-sum-exps in fp32
-        return F.scaled_dot_product_attention(query, key, value, layout.mask, scale=scale, enable_gqa=True)
     heads = key.shape[1]
+    if not query.is_cpu and (query.dtype not in (torch.bfloat16, torch.float16) or query.shape[-1] % 8):
+        # Flash kernels of a GPU take half precision and heads of a multiple of 8 alone. Keys are repeated, since with
+        # a mask `enable_gqa` falls to the kernel that keeps all scores.
+        key, value = (states.repeat_interleave(query.shape[1] // heads, 1) for states in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, layout.mask, scale=scale)
     query = query[0].unflatten(0, (heads, -1))  # [K, H / K, S, D]: key heads are the batch, their queries its heads
     out = _SharedPrefix.apply(query, key[0][:, None], value[0][:, None], layout, scale)
     return out.flatten(0, 1)[None]
 
 
 class _SharedPrefix(torch.autograd.Function):
-    """Two kernels per group and one for all completions' own parts.
+    """Two kernels per group and one for each batch of completions' own parts.
 
     A kernel's backward pass recomputes probabilities from the log-sum-exp it is given. Given that of the whole softmax
     it returns the whole softmax's gradient for its keys, so the parts' gradients add up (as in ring attention).
@@ -134,17 +173,18 @@ class _SharedPrefix(torch.autograd.Function):
             out[:, :, queries], lse[:, :, queries] = _kernel(
                 query[:, :, queries], key[:, :, keys], value[:, :, keys], causal, scale
             )
-        if len(layout.places):
-            own = (_completions(states, layout) for states in (query, key, value))
-            own_out, own_lse = (_row_tokens(states, layout) for states in _kernel(*own, True, scale))
-            out[:, :, layout.places], lse[:, :, layout.places] = merge(
-                out[:, :, layout.places], lse[:, :, layout.places], own_out, own_lse
+        for batch in layout.batches:
+            own = (_completions(states, batch) for states in (query, key, value))
+            own_out, own_lse = (_row_tokens(states, batch) for states in _kernel(*own, True, scale))
+            out[:, :, batch.places], lse[:, :, batch.places] = merge(
+                out[:, :, batch.places], lse[:, :, batch.places], own_out, own_lse
             )
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.layout, ctx.scale = layout, scale
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         query, key, value, out, lse = ctx.saved_tensors
         layout = ctx.layout
@@ -156,13 +196,12 @@ class _SharedPrefix(torch.autograd.Function):
                 grads, (queries, keys, keys), _kernel_backward(*inputs, causal, ctx.scale), strict=True
             ):
                 total[:, :, places] += share
-        if len(layout.places):
-            ended = ~layout.inside.repeat(len(query), 1)[:, None]  # [K * N, 1, C]
-            inputs = [_completions(states, layout) for states in (grad, query, key, value, out, lse)]
-            inputs[0] = inputs[0].masked_fill(ended[..., None], 0.0)
+        for batch in layout.batches:
+            inputs = [_completions(states, batch) for states in (grad, query, key, value, out, lse)]
+            ended = batch.ended.repeat(len(query), 1)[:, None]  # [K * n, 1, c]
             inputs[-1] = inputs[-1].masked_fill(ended, torch.inf)  # probability 0, whatever stands in the padding
             for total, share in zip(grads, _kernel_backward(*inputs, True, ctx.scale), strict=True):
-                total[:, :, layout.places] += _row_tokens(share, layout)
+                total[:, :, batch.places] += _row_tokens(share, batch)
         return *grads, None, None
 
 
@@ -177,14 +216,14 @@ def _prompt_parts(layout: RowLayout) -> list[tuple[slice, slice, bool]]:
     return parts
 
 
-def _completions(states: Tensor, layout: RowLayout) -> Tensor:
-    """[K, heads, S, ...] as a batch of completions [K * N, heads, C, ...]."""
-    return states[:, :, layout.own].transpose(1, 2).flatten(0, 1)
+def _completions(states: Tensor, batch: Batch) -> Tensor:
+    """[K, heads, S, ...] as a batch of completions [K * n, heads, c, ...]."""
+    return states[:, :, batch.own].transpose(1, 2).flatten(0, 1)
 
 
-def _row_tokens(states: Tensor, layout: RowLayout) -> Tensor:
-    """The way back, padding left out: [K, heads, T, ...]."""
-    return states.unflatten(0, (-1, len(layout.own))).transpose(1, 2).flatten(2, 3)[:, :, layout.order]
+def _row_tokens(states: Tensor, batch: Batch) -> Tensor:
+    """The way back, padding left out: [K, heads, t, ...]."""
+    return states.unflatten(0, (-1, len(batch.own))).transpose(1, 2).flatten(2, 3)[:, :, batch.order]
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -207,7 +246,6 @@ def _kernel_backward(
             nothing, nothing[:0], scale=scale,
         )  # fmt: skip
     else:
-        lse = lse.transpose(1, 2).contiguous().transpose(1, 2)  # laid out as the kernel's forward does
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, query, key, value, out, lse, 0.0, causal, scale=scale
         )
@@ -232,7 +270,7 @@ class GroupCache:
         self._place([number for number in range(len(sizes)) for _ in range(group_size)])
 
     def _place(self, prompt_of: list[int]) -> None:
-        """Gives each sequence a slot among those of its prompt."""
+        """Gives each sequence a slot: number of its prompt * width + its rank among the prompt's living sequences."""
         counts, slots = Counter(), []
         for number in prompt_of:
             slots.append((number, counts[number]))
@@ -241,7 +279,7 @@ class GroupCache:
         slots = [number * self.width + place for number, place in slots]
         self.slots = torch.tensor(slots, device=self.sizes.device)
         padding = torch.arange(self.prompts[0][0].shape[2], device=self.sizes.device) >= self.sizes[:, None]
-        self.padding = padding[:, None, None] if len(self.sizes) > 1 else None  # [B, 1, 1, P]
+        self.padding = padding[:, None, None]  # [B, 1, 1, P]
 
     def advance(self) -> None:
         """Makes room for the next token of every sequence."""
@@ -281,13 +319,13 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, scale: float, hidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, log-sum-exp) of queries [b, h, L, D] over keys [b, h, M, D]; scores and softmax in fp32."""
-    scores = _product(query * scale, key.transpose(2, 3))
+    scores = _fp32_bmm(query, key.transpose(2, 3)).mul_(scale)  # not the query: in bf16 that would round it again
     scores = scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
     lse = scores.logsumexp(-1)
     return scores.sub_(lse[..., None]).exp_().to(value.dtype) @ value, lse
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _fp32_bmm(a: Tensor, b: Tensor) -> Tensor:
     dtype = torch.promote_types(a.dtype, torch.float32)
     if a.is_cuda and a.dtype != dtype:  # half precision in, fp32 out, in one kernel
         return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=dtype).unflatten(0, a.shape[:2])

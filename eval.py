@@ -25,9 +25,9 @@ from detection import OVDEVAL_GROUPS, coco_map, greedy_precision_recall, nms_ap,
 from lora import load_any
 from options import RunConfig, check_per_file, compute_dtype, file_names, parse_options
 from parallel import World, all_gather, drawing, launch, process_group, shard_model
-from rewards import average_precision, first_box, iou, load_reward, parse_boxes, reads_boxes
+from rewards import average_precision, checked_reward, first_box, iou, load_reward, parse_boxes, reads_boxes
 from rollout import sample_completions
-from run import RunLog, load_samples, seeded_sample
+from run import RunLog, load_samples, seed_step, seeded_sample
 from vlm import (
     MAX_PIXELS,
     banned_token_ids,
@@ -119,6 +119,7 @@ def greedy_rows(
     batch_size: int,
     reward: str = "iou",
     box_space: str = "",
+    reward_seconds: float = 0.0,
 ) -> list[dict]:
     """A row per sample with its greedy answer and what it is worth, in their order; every rank answers its share."""
     tokenizer = processor.tokenizer
@@ -163,11 +164,11 @@ def greedy_rows(
                     "image_size": prompt.image_size,
                     "input_size": prompt.input_size,
                 }
-                rows.append(row | score(row, reward))
+                rows.append(row | score(row, reward, reward_seconds))
     return sorted(all_gather(rows, world), key=lambda row: row["index"])
 
 
-def score(row: dict, reward: str) -> dict:
+def score(row: dict, reward: str, reward_seconds: float = 0.0) -> dict:
     """What an answer is worth, with its boxes in pixels of the original image: a function of the row alone.
 
     The overlap is taken in the model's space, where the two axes are scaled but the overlap is the same.
@@ -184,11 +185,24 @@ def score(row: dict, reward: str) -> dict:
         return moved | {"unread": both["predicted"] is None}
     boxes = answer_boxes(row["truth"]) if row["has_boxes"] else None
     if name not in ("iou", "giou") or not boxes or len(boxes) > 1:
-        return {"reward": load_reward(name)(text, row["truth"])}
+        value, reason = checked_reward(name, text, row["truth"], reward_seconds)
+        return {"reward": value} | ({"reward_error": f"reward {name} {reason}"} if reason else {})
     # A base model is not asked for tags, so its box may stand anywhere; where they are asked for, it may not.
     untagged = "<answer>" not in template_text(row["template"]) + text
     box = first_box(text, anywhere=untagged)
     return {"box": in_image(box), "iou": iou(box, boxes[0]) if box else 0.0}
+
+
+def answer_reward_errors(rows: Sequence[dict], on_reward_error: str, world: World) -> None:
+    """Stops, on every rank as all have all rows, or warns where a reward gave no number and counts 0."""
+    wrong = [row for row in rows if "reward_error" in row]
+    if not wrong:
+        return
+    first = f"sample {wrong[0]['id']}: {wrong[0]['reward_error']}, for {wrong[0]['completion'][:200]!r}"
+    if on_reward_error == "stop":
+        raise ValueError(f"{first}; {len(wrong)} of {len(rows)} answers have no reward: mend it")
+    if world.first:
+        tqdm.write(f"warning: {len(wrong)} of {len(rows)} answers score 0, the first: {first}")
 
 
 def summarize(rows: Sequence[dict]) -> dict[str, float]:
@@ -236,6 +250,7 @@ def evaluate_sets(
     Each under the template and the accuracy reward of the data file that its samples are from, or evaluated like.
     """
     score = None
+    seed_step(config, step, world)  # a reward may be random
     for name, samples in eval_sets.items():
         task = config.tasks[samples[0].file]
         rows = greedy_rows(
@@ -248,7 +263,9 @@ def evaluate_sets(
             batch_size=config.eval_batch_size,
             reward=task.rewards[0],
             box_space=config.box_space,
+            reward_seconds=config.reward_seconds,
         )
+        answer_reward_errors(rows, config.on_reward_error, world)
         summary = summarize(rows)
         score = summary[headline(summary)] if score is None else score
         log.write("eval.jsonl", step, {f"eval/{name}/{key}": value for key, value in summary.items()})
@@ -347,6 +364,8 @@ def main(config: Config) -> None:
     with process_group(bf16=compute_dtype(config.dtype) == torch.bfloat16) as world:
         world = replace(world, draw_sharded=config.draw_sharded and world.size > 1)
         rows = answer_sets(config, world)
+        for part in rows.values():
+            answer_reward_errors(part, "stop", world)
         summary = {name: summarize(part) for name, part in rows.items()}
         ovdeval = {name for sets in OVDEVAL_GROUPS.values() for name in sets}
         if ovdeval <= {name for name in summary if "nms_ap" in summary[name]}:  # the files are named as its sets are

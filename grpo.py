@@ -13,8 +13,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-# A log-ratio beyond this is no longer a policy update: exp(20) is 5e8, and fp32 overflows at 88.
+# A log-ratio beyond this is no longer a policy update: exp(20) is 5e8, and fp32 overflows at 88. Clamped, it has no
+# gradient.
 MAX_LOG_RATIO = 20.0
 # Logits that `linear_logprobs` holds at once, in elements: what stays in a CPU's cache, what fills a GPU.
 CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**25}
@@ -125,8 +127,12 @@ def grpo_loss(
         return (torch.where(mask, values, 0.0).sum() / num_tokens).detach()
 
     # VLM-R1 logs the opposite of a clip fraction (tokens whose unclipped term was chosen); these are the clipped ones.
+    beyond = (torch.where(mask, logprobs - old_logprobs, 0.0).abs() > MAX_LOG_RATIO) | (
+        ref_logprobs is not None and (torch.where(mask, ref_logprobs - logprobs, 0.0).abs() > MAX_LOG_RATIO)
+    )
     figures = {
         "kl": token_mean(kl),
+        "clamped": token_mean(beyond.to(ratio.dtype)),
         "clip_low": token_mean(((ratio < 1 - clip_low) & (advantage < 0)).to(ratio.dtype)),
         "clip_high": token_mean(((ratio > 1 + clip_high) & (advantage > 0)).to(ratio.dtype)),
     }
@@ -137,11 +143,12 @@ def linear_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """Logits [T, V] of hidden states [T, H] under a head [V, H], in fp32 or better.
 
     A bf16 logit near 20 is rounded to 0.125, which moves a ratio by several percent: inputs may be bf16, the sum not.
+    Without a derivative for bf16 on a GPU; `linear_logprobs` has one.
     """
-    return _product(hidden, weight.t())
+    return _fp32_mm(hidden, weight.t())
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _fp32_mm(a: Tensor, b: Tensor) -> Tensor:
     dtype = torch.promote_types(a.dtype, torch.float32)
     if a.is_cuda and a.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype)  # bf16 in, fp32 out, in one kernel
@@ -178,6 +185,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return own - normalizers, entropies
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropies):
         hidden, weight, ids, normalizers, entropies = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=normalizers.dtype)  # a sum over blocks
@@ -193,7 +201,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 share.scatter_add_(1, place[:, None], (grad_logprobs * (place == ids - block.start))[:, None])
                 grad = share if grad is None else grad.add_(share)
             grad = grad.div_(ctx.temperature).to(weight.dtype)
-            grad_hidden += _product(grad, weight[block])
+            grad_hidden += _fp32_mm(grad, weight[block])
             if grad_weight is not None:
                 torch.mm(grad.t(), hidden, out=grad_weight[block])
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
@@ -204,7 +212,8 @@ def _vocabulary_blocks(size: int, banned_ids: Sequence[int], chunk: int, device:
     banned = sorted(set(banned_ids))
     blocks = [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
     borders = pairwise([bisect_left(banned, block.start) for block in blocks] + [len(banned)])
-    on_device = torch.tensor(banned, dtype=torch.long, device=device)
+    on_device = torch.tensor(banned, dtype=torch.long)
+    on_device = on_device.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_device.to(device)
     return [(block, on_device[first:last] - block.start) for block, (first, last) in zip(blocks, borders, strict=True)]
 
 
@@ -225,12 +234,15 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the tokens, each [T] in fp32, from `chunk` entries of the vocabulary at a time.
 
-    Both are differentiable. `banned_ids` have probability 0, as in sampling. At 2,000 tokens and 152k entries the usual
-    log_softmax keeps three [T, V] tensors, 3.6 GB; here the peak is the gradient of the weight and two blocks.
+    Both are differentiable, once. `banned_ids` have probability 0, as in sampling; none may be among `ids`. At 2,000
+    tokens and 152k entries the usual log_softmax keeps three [T, V] tensors, 3.6 GB; here the peak is the gradient of
+    the weight and two blocks.
     """
     if temperature <= 0:
         raise ValueError(f"temperature {temperature}: log-probs need a distribution, so it must be above 0")
     if len(hidden) != len(ids):
         raise ValueError(f"{len(hidden)} hidden states cannot predict {len(ids)} tokens")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden states of {hidden.dtype} and a head of {weight.dtype}: cast one to the other's")
     chunk = chunk or max(256, CHUNK_LOGITS[hidden.device.type] // max(1, len(ids)))
     return _LinearLogprobs.apply(hidden, weight, ids, tuple(banned_ids), temperature, chunk)

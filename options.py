@@ -26,6 +26,7 @@ from vlm import MAX_PIXELS
 FREE_ON_RESUME = frozenset(
     "resume steps epochs row_tokens draw_batch_size gradient_checkpointing eval_every eval_limit eval_batch_size "
     "save_every keep_checkpoints log_completions_every tensorboard wandb dry_run draw_sharded "
+    "max_hours max_bad_steps on_reward_error reward_seconds "
     # paths: a run may have moved
     "model data image_root eval_data eval_image_root eval_like allow_outside_root".split()
 )
@@ -115,6 +116,13 @@ class RunConfig:
         default_factory=list,
         help="name of the data file whose template and reward each evaluation file takes; by default their order",
     )
+    max_bad_steps: int = HfArg(
+        default=5, help="steps in a row whose loss or gradient is not finite, after which the run stops"
+    )
+    on_reward_error: Literal["stop", "zero"] = HfArg(
+        default="stop", help="where a reward of yours raises, hangs or gives no finite number: stop, or score 0"
+    )
+    reward_seconds: float = HfArg(default=10.0, help="after which a reward of yours counts as hanging; 0 for never")
     held_out: int = HfArg(
         default=200, help="without eval_data: samples of each file kept from training, at most a twentieth of them"
     )
@@ -126,6 +134,9 @@ class RunConfig:
     seed: int = HfArg(default=0, help="of the data order and of what is drawn")
     output_dir: str = HfArg(default="", help="where the run is written; runs/DATE-TIME by default")
     resume: str = HfArg(default="", help="output directory of a run to go on with, under the options saved there")
+    max_hours: float = HfArg(
+        default=0.0, help="stop and save before a step that would end later than this after the start; 0 for never"
+    )
     tensorboard: bool = HfArg(default=False, help="write the metrics for tensorboard too")
     wandb: bool = HfArg(default=False, help="send the metrics to wandb too")
     dry_run: bool = HfArg(default=False, help="print what a run would do and need, and stop")
@@ -148,6 +159,7 @@ class RunConfig:
             "keep_checkpoints",
             "learning_rate",
             "max_grad_norm",
+            "max_bad_steps",
             "min_pixels",
         ):
             if getattr(self, name) <= 0:
@@ -161,6 +173,8 @@ class RunConfig:
             "held_out",
             "eval_every",
             "eval_limit",
+            "max_hours",
+            "reward_seconds",
             "seed",
             "vision_learning_rate",
             "lora_rank",
@@ -321,7 +335,10 @@ def _saved_options(run: Path, config_class: type) -> dict:
     path = run / "config.json"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; --resume takes the output directory of a run")
-    saved = json.loads(path.read_text())["options"]
+    try:
+        saved = json.loads(path.read_text())["options"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): start a new run, or write the file anew") from None
     names = {field.name for field in fields(config_class)}
     if names != set(saved):
         raise ValueError(

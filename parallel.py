@@ -25,7 +25,7 @@ from types import MethodType
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -70,15 +70,24 @@ def launch(main: Callable, *arguments: object) -> None:
     count = torch.cuda.device_count()
     if "RANK" in os.environ or count < 2:
         return main(*arguments)
-    with socket.socket() as probe:  # a port that is free now
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    workers = mp.spawn(_worker, (count, port, main, arguments), nprocs=count, join=False)
+    spawn(count, main, *arguments)
+
+
+def spawn(count: int, main: Callable, *arguments: object) -> None:
+    """Runs main(*arguments) in that many processes of this machine; an error in one ends them all and is raised."""
+    workers = mp.spawn(_worker, (count, free_port(), main, arguments), nprocs=count, join=False)
     # Ctrl-C reaches every process of the terminal by itself, a scheduler's SIGTERM only this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in workers.processes])
-    while not workers.join():  # an error in one process ends them all
+    while not workers.join():  # one that ends with an error ends the others: SIGTERM, and SIGKILL 30 s later
         pass
+
+
+def free_port() -> int:
+    """A port of this machine that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _worker(rank: int, count: int, port: int, main: Callable, arguments: tuple) -> None:
@@ -276,6 +285,10 @@ def apply_gradients(optimizers: list[torch.optim.Optimizer], norm: float) -> boo
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
+class SaveFailed(Exception):
+    """A checkpoint that could not be written; what was there before is as it was."""
+
+
 def save_checkpoint(
     directory: Path,
     model: nn.Module,
@@ -290,39 +303,95 @@ def save_checkpoint(
     """Writes model and training state beside `directory`, then renames: it is whole or not there.
 
     `source` is where the model came from: tokenizer and processor files are copied, with the pixel budget (least, most)
-    of the training. `state` goes into trainer.json.
+    of the training. `state` goes into trainer.json. Where one rank cannot write, all raise SaveFailed.
     """
     partial = directory.with_name(f".{directory.name}.partial")
-    if world.first:
-        for left in directory.parent.glob(".*.partial"):  # of a run that died while saving
-            shutil.rmtree(left)
-        partial.mkdir(parents=True)
-    barrier(world)
+    with _all_or_none(world, partial):
+        if world.first:
+            for left in directory.parent.glob(".*.partial"):  # of a run that died while saving
+                shutil.rmtree(left)
+            partial.mkdir(parents=True)
     adapters = bool(adapted_layers(model))
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters)
     weights = model.state_dict() if world.mesh is None else get_model_state_dict(model, options=options)
-    if world.first and adapters:
-        save_adapter(partial, model, {name: weights[name] for name, _ in trainable(model)}, source)
-    elif world.first:
-        weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
-        if (
-            model.config.tie_word_embeddings
-        ):  # transformers drops a tied head by its shared storage, which the cast ends
-            weights.pop("lm_head.weight", None)
-        # not safetensors by hand: it maps names back to the hub's
-        model.save_pretrained(partial, state_dict=weights, max_shard_size=SHARD_SIZE)
-        _set_config_dtype(partial / "config.json", dtype)
+    with _all_or_none(world, partial):
+        if _shard_index(world) is not None:
+            path = partial / STATE_FILE.format(_shard_index(world))
+            save_file(_finite(_training_tensors(model, optimizers)), path)
+            sync_file(path)
+        if world.first:
+            if adapters:
+                save_adapter(partial, model, {name: weights[name] for name, _ in trainable(model)}, source)
+            else:
+                _save_weights(partial, model, weights, dtype)
+            copy_side_files(source, partial, counted_pixels(model.config.model_type, pixels))
+            (partial / "trainer.json").write_text(json.dumps({**state, "num_shards": _num_shards(world)}, indent=1))
+            for path in partial.iterdir():  # so that the rename cannot reach the disk before what it names
+                sync_file(path)
+            sync_file(partial)
+    with _all_or_none(world, partial):
+        if world.first:
+            if directory.exists():
+                remove_directory(directory)
+            partial.rename(directory)
+            sync_file(directory.parent)
+
+
+@contextmanager
+def _all_or_none(world: World, partial: Path) -> Iterator[None]:
+    """Waits for all ranks at its end; where one could not write, the part is removed and all raise SaveFailed."""
+    reason = ""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError) as error:
+        reason = f"{error} (rank {world.rank})"
+    if all_sum({"failed": float(bool(reason))}, world)["failed"] == 0:
+        return
+    reasons = all_gather([reason] if reason else [], world)
     if world.first:
-        copy_side_files(source, partial, counted_pixels(model.config.model_type, pixels))
-        (partial / "trainer.json").write_text(json.dumps({**state, "num_shards": _num_shards(world)}, indent=1))
-    if _shard_index(world) is not None:
-        save_file(_training_tensors(model, optimizers), partial / STATE_FILE.format(_shard_index(world)))
-    barrier(world)
-    if world.first:
-        _sync_files(partial)
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
-    barrier(world)
+        shutil.rmtree(partial, ignore_errors=True)  # what cannot be removed now is removed by the next save
+    raise SaveFailed("; ".join(reasons))
+
+
+def _save_weights(directory: Path, model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+    if model.config.tie_word_embeddings:  # transformers drops a tied head by its shared storage, which the cast ends
+        weights.pop("lm_head.weight", None)
+    # not safetensors by hand: it maps names back to the hub's
+    model.save_pretrained(directory, state_dict=weights, max_shard_size=SHARD_SIZE)
+    _set_config_dtype(directory / "config.json", dtype)
+
+
+def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, unless one holds NaN or infinity: that must not take the place of a good checkpoint."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite")
+    return tensors
+
+
+def remove_directory(directory: Path) -> None:
+    """Removes a checkpoint under another name: if that is interrupted, no half of it passes for a whole one."""
+    doomed = directory.with_name(f".{directory.name}.old.partial")
+    directory.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def sync_file(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def write_text_safely(path: Path, text: str) -> None:
+    """Writes a small file beside `path`, then renames: a process killed in between leaves the one before."""
+    fresh = path.with_name(f".{path.name}.partial")
+    fresh.write_text(text, encoding="utf-8")
+    sync_file(fresh)
+    fresh.rename(path)
 
 
 def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
@@ -357,8 +426,12 @@ def load_training_state(
     path = directory / "trainer.json"
     if not path.is_file():
         raise ValueError(f"{directory}: no training state (trainer.json); resume from a directory of OUT/checkpoints")
-    state = json.loads(path.read_text())
-    files = [safe_open(directory / STATE_FILE.format(shard), "pt") for shard in range(state["num_shards"])]
+    try:
+        state = json.loads(path.read_text())
+        files = [_open_state(directory / STATE_FILE.format(shard)) for shard in range(state["num_shards"])]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): remove {directory} to go on from the one before") from None
+    _check_fit(directory, files, model, optimizers)
     names = set(files[0].keys())
     with torch.no_grad():
         for name, parameter in trainable(model):
@@ -367,6 +440,50 @@ def load_training_state(
                 for key in [key for key in names if key.startswith("moment.") and key.endswith(f":{name}")]:
                     _restore_moment(optimizer, parameter, key, files, world)
     return state
+
+
+def _open_state(path: Path):
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} is missing or cut off ({error}): remove {path.parent} to go on from the one before"
+        ) from None
+
+
+def _check_fit(directory: Path, files: list, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Refuses, with the first names, a training state whose tensors are not those of what is trained here."""
+    saved = [{key: tuple(file.get_slice(key).get_shape()) for key in file.keys()} for file in files]
+    expected, wrong = _expected_shapes(saved[0], model, optimizers), []
+    for shard, shapes in enumerate(saved):
+        wrong += [f"{key} belongs to nothing trained here" for key in shapes.keys() - expected.keys()]
+        for key, whole in expected.items():
+            start, stop = _row_range(whole[0], len(files), shard) if whole else (0, 1)
+            part = (stop - start, *whole[1:]) if whole else ()
+            if key not in shapes:
+                wrong.append(f"{key} is missing")
+            elif shapes[key] != part and (start < stop or 0 not in shapes[key]):
+                wrong.append(f"{key} is {list(shapes[key])} instead of {list(part)}")
+    if wrong:
+        raise ValueError(
+            f"{directory} does not fit what is trained here, {len(wrong)} differences: {'; '.join(wrong[:3])}. Resume "
+            "with the model and the options of that run, or start a new one"
+        )
+
+
+def _expected_shapes(saved: dict[str, tuple], model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict:
+    """Whole shapes of all that a training state must hold: an optimizer keeps the same moments for all of a group."""
+    names = {id(parameter): (name, tuple(parameter.shape)) for name, parameter in trainable(model)}
+    expected = {f"master.{name}": shape for name, shape in names.values()}
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        own = dict(names[id(parameter)] for parameter in group["params"])
+        kinds = {}
+        for key, shape in saved.items():
+            kind, _, name = key.partition(":")
+            if name in own:
+                kinds[kind] = bool(shape)  # a count of steps is a scalar
+        expected |= {f"{kind}:{name}": own[name] if whole else () for kind, whole in kinds.items() for name in own}
+    return expected
 
 
 def _restore_moment(
@@ -433,10 +550,3 @@ def _shard_index(world: World) -> int | None:
     if world.mesh.ndim == 2 and world.mesh["replicate"].get_local_rank() > 0:
         return None
     return world.mesh["shard"].get_local_rank()
-
-
-def _sync_files(directory: Path) -> None:
-    """Waits until the files are on the disk, so that the rename cannot come before what it names."""
-    for path in directory.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())

@@ -12,15 +12,19 @@ it had none. P, T: the number of items predicted and true.
 """
 
 import ast
+import faulthandler
 import functools
 import importlib.util
 import itertools
 import json
 import math
 import re
+import signal
+import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import add, mul, neg, pos, pow, sub, truediv
 from pathlib import Path
 
@@ -45,6 +49,7 @@ MAX_DEPTH = 100  # of nested JSON; json.loads itself gives up near 1,000 by exha
 MAX_COMPARED = 4_000  # characters, as comparing costs length x length / 64
 MAX_EXPRESSION = 200  # characters of a mathematical answer
 COSINE_LENGTH = 1_024  # tokens over which cosine_length falls, as in VLM-R1
+WATCHDOG_SECONDS = 30  # after its time limit, a reward that cannot be interrupted ends the process
 OVERLONG = (768, 1_024)  # tokens between which soft_overlong falls
 
 
@@ -632,3 +637,48 @@ def load_reward(spec: str) -> Reward:
             f"reward {spec!r}: {path} has no function {name!r}; define it as (completion, answer) -> float"
         )
     return function
+
+
+# ---- rewards of one's own, which may do anything -------------------------------------------------------------------
+
+
+class RewardTimeout(BaseException):
+    """Not an Exception, so that an `except Exception` inside the reward does not swallow it."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises RewardTimeout within a block that takes longer; on the main thread alone, and not with 0.
+
+    The signal is heard between two instructions of Python. A call into C that never comes back does not hear it: then
+    the watchdog prints where it hangs and ends the process, which brings the other ranks down.
+    """
+    if seconds <= 0 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise RewardTimeout
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(seconds + WATCHDOG_SECONDS, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def checked_reward(spec: str, completion: str, answer: str, seconds: float) -> tuple[float, str]:
+    """(value, ""); or (0, what went wrong) where the reward raises, takes longer or returns no finite number."""
+    function = load_reward(spec)
+    try:
+        with time_limit(0 if spec in REWARDS else seconds):
+            value = float(function(completion, answer))
+    except RewardTimeout:
+        return 0.0, f"took longer than {seconds:g} s (--reward_seconds)"
+    except Exception as error:  # whatever a stranger's function raises
+        return 0.0, f"raised {type(error).__name__}: {error}"
+    return (value, "") if math.isfinite(value) else (0.0, f"gave {value}, no finite number")

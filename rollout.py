@@ -15,7 +15,8 @@ R sequences being decoded, V vocabulary, A position axes (3 in Qwen's and GLM's 
 
 import inspect
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 
 import attention
-from attention import GroupCache, RowLayout, attend_row, row_layout, shared_prefix
+from attention import GroupCache, RowLayout, attend_row, no_mask, row_layout, shared_prefix
 from grpo import linear_logits, linear_logprobs
 
 PREFILL_TOKENS = 4096  # prompts prefilled in one row; its activations are what this bounds
@@ -141,6 +142,18 @@ def root_forward(model: nn.Module, function):
     return getattr(model, function.__name__) if isinstance(model, FSDPModule) else partial(function, model)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, dropout is off; afterwards every module is in the mode it was in, whatever happens."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def require_mask_support(model: nn.Module) -> None:
     """Refuses attention kernels that read the row's boolean mask wrongly, or not at all."""
     kernel = model.config.get_text_config()._attn_implementation
@@ -151,37 +164,39 @@ def require_mask_support(model: nn.Module) -> None:
 def row_attention(model: nn.Module, layout: RowLayout) -> dict:
     """The forward arguments of a row's attention: in parts, or by the dense mask where the model's is plain sdpa."""
     if model.config.get_text_config()._attn_implementation == attention.NAME:
-        return {"attend": partial(attend_row, layout), "attention_mask": attention.NO_MASK}
+        return {"attend": partial(attend_row, layout), "attention_mask": no_mask(layout.places.device)}
     return {"attention_mask": layout.mask}
 
 
 # ---- images of a frozen tower --------------------------------------------------------------------------------------
 
 
+def takes_seen_images(model: nn.Module) -> bool:
+    """Whether this version of transformers takes images ready-made: 5.23 does, 5.17 would leave them out in silence."""
+    return "mm_encoder_outputs" in inspect.signature(type(model.model).forward).parameters
+
+
 def tower_is_frozen(model: nn.Module) -> bool:
-    """Whether images are seen alike all along a run, and this version of transformers takes them ready-made (5.23)."""
+    """Whether nothing but the language model is trained, so that images are seen alike all along a run."""
     text = ("model.language_model.", "lm_head.")
-    trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return all(name.startswith(text) for name in trained) and (
-        "mm_encoder_outputs" in inspect.signature(type(model.model).forward).parameters
-    )
+    return all(name.startswith(text) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 @torch.no_grad()
 def see_images(model: nn.Module, prompt: Mapping) -> dict:
-    """The prompt's tensors with its images as the tower sees them: drawing, reference and learning run it once."""
+    """The prompt's tensors with its images as the tower sees them, so that drawing, reference and learning run it once.
+
+    A version of transformers that cannot take them gets the pixels every time.
+    """
     inputs = dict(prompt)
     images = {key: inputs[key] for key in inputs if key not in TOKEN_KEYS}
-    if "pixel_values" not in images:
+    if "pixel_values" not in images or not takes_seen_images(model):
         return inputs
     device = next(model.parameters()).device
     del inputs["pixel_values"]
     images = {key: value.to(device) for key, value in images.items()}
-    was_training = model.training
-    model.eval()
-    seen = root_forward(model, image_features)(images)
-    model.train(was_training)
-    return {**inputs, IMAGE_FEATURES: seen}
+    with evaluating(model):
+        return {**inputs, IMAGE_FEATURES: root_forward(model, image_features)(images)}
 
 
 # ---- scoring -------------------------------------------------------------------------------------------------------
@@ -277,15 +292,14 @@ def sample_completions(
     """
     require_mask_support(model)
     banned_ids = torch.as_tensor(list(banned_ids), dtype=torch.long, device=next(model.parameters()).device)
-    was_training = model.training
-    model.eval()  # dropout off; and in train mode gradient checkpointing drops the cache
-    with torch.no_grad(), shared_prefix(model):
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}: it must be at least 0, which is greedy")
+    with torch.no_grad(), evaluating(model), shared_prefix(model):
         cache, logits, positions = prefill(model, prompts, group_size)
         pick = partial(
             pick_tokens, temperature=temperature, top_k=top_k, top_p=top_p, banned_ids=banned_ids, generator=generator
         )
         drawn, logprobs, lengths = decode(model, cache, logits, positions, pick, max_new_tokens, eos_ids)
-    model.train(was_training)
     lengths = lengths.tolist()
     grouped = [
         [
@@ -312,7 +326,7 @@ def prefill(model: nn.Module, prompts: Sequence[dict], group_size: int) -> tuple
                 ]
             return attend_row(row.layout, layer, query, key, value, scale)
 
-        inputs = {**row.inputs, "attend": attend, "attention_mask": attention.NO_MASK}
+        inputs = {**row.inputs, "attend": attend, "attention_mask": no_mask(row.targets.device)}
         last = torch.tensor([end - 1 for _, end, _ in row.layout.groups], device=row.targets.device)
         logits.append(root_forward(model, next_logits)(inputs, last))
         nexts.append(row.next_positions)
@@ -344,6 +358,7 @@ def decode(
     """Token by token until every row has ended: ids [R, C], log-probs [R, C] and lengths [R], the end token included.
 
     One host sync per token, the count of rows still alive; finished rows leave once they are a quarter of the batch.
+    Ranks end at different steps, which `parallel.drawing` makes harmless.
     """
     step_forward = root_forward(model, next_logits)
     rows = torch.arange(len(logits), device=logits.device)  # where each sequence still decoded is written to
@@ -369,7 +384,7 @@ def decode(
             "input_ids": ids[:, None],
             "position_ids": model_positions(positions[..., None]),
             "attend": cache.attend,
-            "attention_mask": attention.NO_MASK,
+            "attention_mask": no_mask(ids.device),
         }
         logits = step_forward(inputs, torch.arange(len(ids), device=ids.device))
         positions = positions + 1
@@ -395,14 +410,14 @@ def pick_tokens(
     else:
         # One uniform number per row, looked up in the cumulated probabilities: unlike multinomial it never waits for
         # the device, and an exponential race costs a random number per entry. 150,000 terms want a sum in float64.
-        sums = truncated(logprobs, top_k, top_p).exp().cumsum(1, dtype=torch.float64)
+        sums = restricted(logprobs, top_k, top_p).exp().cumsum(1, dtype=torch.float64)
         uniform = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=generator)
         # The first entry whose sum exceeds the number: never one of probability 0, which adds nothing to the sum.
         ids = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)[:, 0].clamp_(max=sums.shape[1] - 1)
     return ids, logprobs.gather(1, ids[:, None])[:, 0]
 
 
-def truncated(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
+def restricted(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
     """Log-probs [R, V] with -inf outside the top_k tokens (0: all) and the smallest set holding top_p probability."""
     if top_k:
         threshold = logprobs.topk(min(top_k, logprobs.shape[1]), dim=1).values[:, -1:]

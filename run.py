@@ -4,12 +4,13 @@ Nothing here knows rewards or losses.
 """
 
 import copy
+import hashlib
+import itertools
 import json
 import math
 import os
 import random
 import resource
-import shutil
 import signal
 import time
 from collections import Counter
@@ -20,17 +21,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ProcessorMixin
+from transformers.utils import cached_file
 
 from data import BadSample, Sample, check_samples, mixed_indices, read_samples, step_indices
 from grpo import CHUNK_LOGITS
 from lora import add_adapters, choose_layers
 from options import RunConfig, compute_dtype, file_names
-from parallel import World, all_gather, all_sum, load_training_state, save_checkpoint, shard_model
+from parallel import (
+    SaveFailed,
+    World,
+    all_gather,
+    all_sum,
+    barrier,
+    load_training_state,
+    remove_directory,
+    save_checkpoint,
+    shard_model,
+    sync_file,
+    write_text_safely,
+)
 from rollout import plan_rows
 from vlm import (
     DECODER_LAYERS,
@@ -48,20 +63,21 @@ ACTIVATIONS = "activations of a row"
 MIN_ROW_TOKENS, MAX_ROW_TOKENS = 256, 65_536  # between which --row_tokens auto looks
 Result = TypeVar("Result")
 MAX_COMPLETIONS_BYTES = 64_000_000  # then completions.jsonl becomes completions.1.jsonl, in place of the one before
+LOGS = (
+    "metrics.jsonl", "completions.jsonl", "completions.1.jsonl", "eval.jsonl", "bad_samples.jsonl", "bad_steps.jsonl"
+)  # fmt: skip
+ONE_KEYSTROKE = 0.5  # seconds within which a second Ctrl-C is the first one heard twice
 MAX_BAD_SHARE = 0.01  # of the samples used; more than that is a broken data set, not a broken file
 
 
 def open_run(config: RunConfig, world: World) -> Path:
-    """The output directory, made and with config.json in it; refuses one that holds another run."""
+    """The output directory, made; refuses one that holds another run."""
     name = config.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(all_gather([name], world)[0])  # the clocks of the ranks may differ
     if not config.resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"{out} holds a run: give another --output_dir, or --resume {out} to go on with it")
     if world.first:
         out.mkdir(parents=True, exist_ok=True)
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        about = {"options": asdict(config), "files": config.known_files, "versions": versions}
-        (out / "config.json").write_text(json.dumps(about, indent=1))
     return out
 
 
@@ -179,9 +195,16 @@ def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float
     return optimizers[0].param_groups[0]["lr"]
 
 
-def step_seed(config: RunConfig, step: int, world: World) -> int:
-    """A function of seed, step and rank: no random state to save, and no two ranks draw the same."""
-    return (config.seed * 1_000_003 + step) * 65_537 + world.rank
+def seed_step(config: RunConfig, step: int, world: World) -> torch.Generator:
+    """Seeds all that is random in a step, rewards included; returns the generator that completions are drawn with.
+
+    A function of seed, step and rank: no random state to save, and no two ranks draw the same.
+    """
+    seed = (config.seed * 1_000_003 + step) * 65_537 + world.rank
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    return torch.Generator(world.device).manual_seed(seed)
 
 
 def total_steps(config: RunConfig, num_samples: int) -> int:
@@ -248,15 +271,26 @@ class PromptFeed:
         world: World,
         log: Path,
         steps: int,  # of the run; nothing is prepared beyond
+        start: int = 0,  # steps done before this process
     ):
         self.samples, self.config, self.world, self.log, self.steps = samples, config, world, log, steps
         self.sizes = list(Counter(sample.file for sample in samples).values())  # they follow each other file by file
         self.processor = copy.deepcopy(processor)  # a tokenizer in use by two threads at once may raise
         self.broken: dict[int, str] = {}  # sample -> reason
-        self.used = 0
-        self.num_broken = 0  # of the steps taken, without what the thread has found ahead of them
+        self.step = start
+        self.used = start * len(range(world.rank, config.prompts_per_step, world.size))
+        self._restore()
+        self.num_broken = len(self.broken)  # of the steps taken, without what the thread has found ahead of them
         self.thread = ThreadPoolExecutor(1)
         self.ahead: tuple[int, Future] | None = None
+
+    def _restore(self) -> None:
+        """What was set aside before a resume; the ranks of then may be more or fewer than those of now."""
+        places = {(sample.source, sample.id): index for index, sample in enumerate(self.samples)}
+        for row in read_rows(self.log):
+            index = places.get((row["source"], row["id"]))
+            if index is not None and row["rank"] % self.world.size == self.world.rank:
+                self.broken[index] = row["reason"]
 
     def figures(self) -> dict[str, float]:
         """How many samples were set aside on all ranks so far."""
@@ -271,6 +305,7 @@ class PromptFeed:
         return prompts
 
     def _prepare(self, step: int) -> tuple[list[Prompt], int]:
+        self.step = step
         place = self.config.prompts_per_step, step, self.config.seed
         if self.config.file_shares:
             indices = mixed_indices(self.sizes, self.config.file_shares, *place)
@@ -280,8 +315,8 @@ class PromptFeed:
 
     def _build(self, index: int) -> Prompt:
         """The prompt of that sample, or of the next one that is not broken."""
+        self.used += 1
         while True:
-            self.used += 1
             if index not in self.broken:
                 try:
                     sample = self.samples[index]
@@ -295,8 +330,8 @@ class PromptFeed:
         self.broken[index] = str(error)
         sample = self.samples[index]
         tqdm.write(f"warning: {sample.source} is set aside: {error}")
-        with open(self.log, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"source": sample.source, "id": sample.id, "reason": str(error)}) + "\n")
+        place = {"step": self.step + 1, "rank": self.world.rank}
+        append_rows(self.log, [place | {"source": sample.source, "id": sample.id, "reason": str(error)}])
         if len(self.broken) > max(2, MAX_BAD_SHARE * self.used):
             raise ValueError(
                 f"{len(self.broken)} of {self.used} samples used are broken, more than {MAX_BAD_SHARE:.0%}: mend the "
@@ -348,11 +383,12 @@ class RowBudget:
                 torch.cuda.empty_cache()
 
 
-def row_budget(config: RunConfig, model: nn.Module, world: World, *, reference: bool) -> RowBudget:
+def row_budget(config: RunConfig, model: nn.Module, world: World, *, reference: bool, known: int = 0) -> RowBudget:
     """--row_tokens; for auto what the estimate leaves room for, the same on every rank.
 
     One process then halves it where the estimate was too high. Several cannot: the one that runs out has left the
-    others waiting in a collective, so the run ends with the error, and they start at half of the estimate.
+    others waiting in a collective, so the run ends with the error, and they start at half of the estimate. `known` is
+    what a run came to that is resumed.
     """
     if config.row_tokens != "auto":
         return RowBudget(int(config.row_tokens), may_shrink=False)
@@ -361,7 +397,8 @@ def row_budget(config: RunConfig, model: nn.Module, world: World, *, reference: 
     room = 0.9 * device_memory_gb(world.device) - sum(memory.values())
     tokens = int(room / per_token / (1 if world.size == 1 else 2))
     tokens = -int(all_sum({"tokens": -float(tokens)}, world, largest=True)["tokens"])  # the least of all ranks
-    return RowBudget(min(max(tokens, MIN_ROW_TOKENS), MAX_ROW_TOKENS), may_shrink=world.size == 1)
+    tokens = min(max(tokens, MIN_ROW_TOKENS), known or MAX_ROW_TOKENS)
+    return RowBudget(tokens, may_shrink=world.size == 1)
 
 
 def micro_batches(
@@ -399,54 +436,120 @@ class CheckpointKeeper:
     """Writes OUT/checkpoints/step-NNNNNN, keeps the newest few and the best, and points OUT/best at that one."""
 
     def __init__(
-        self, out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], config: RunConfig, world: World
+        self,
+        out: Path,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        config: RunConfig,
+        world: World,
+        *,
+        num_samples: int = 0,
     ):
         self.directory, self.link = out / "checkpoints", out / "best"
         self.model, self.optimizers, self.config, self.world = model, optimizers, config, world
         self.best: float | None = None  # the headline figure of the best model so far, the untrained one included
+        self.best_step: int | None = None  # of the checkpoint that OUT/best points at
+        self.num_failed = 0  # saves in a row that could not be written
+        self.row_tokens = 0  # what auto came to, where the run resumed knew
+        # What must be the same when the run is resumed, though the paths to it may have changed.
+        self.origin = {"num_samples": num_samples, "model": model_fingerprint(config.model)}
 
-    def save(self, step: int, *, best: float | None = None) -> None:
-        """Saves after that step; `best` is the score that makes it the best so far."""
-        self.best = self.best if best is None else best
-        path = self.directory / f"step-{step:06d}"
-        state = {"step": step, "best": self.best}
-        save_checkpoint(
-            path,
-            self.model,
-            self.optimizers,
-            state,
-            self.world,
-            source=self.config.model,
-            dtype=compute_dtype(self.config.dtype),
-            pixels=(self.config.min_pixels, self.config.max_pixels),
-        )
-        if not self.world.first:
-            return
-        if best is not None:
+    def save(self, step: int, *, row_tokens: int = 0, best: float | None = None) -> bool:
+        """Saves after that step; `best` is the score that makes it the best so far. False where that failed."""
+        marks = (self.best, self.best_step) if best is None else (best, step)
+        state = {"step": step, "best": marks[0], "best_step": marks[1], "processes": self.world.size}
+        try:
+            if self.world.first:
+                for log in self.directory.parent.glob("*.jsonl"):  # no power cut takes lines of what is saved
+                    sync_file(log)
+            save_checkpoint(
+                self.directory / f"step-{step:06d}",
+                self.model,
+                self.optimizers,
+                state | {"row_tokens": row_tokens} | self.origin,
+                self.world,
+                source=self.config.model,
+                dtype=compute_dtype(self.config.dtype),
+                pixels=(self.config.min_pixels, self.config.max_pixels),
+            )
+        except SaveFailed as error:
+            self._warn(step, error)
+            return False
+        (self.best, self.best_step), self.num_failed = marks, 0
+        if self.world.first:
+            self._point_at_the_best()
+            for old in sorted(self.directory.glob("step-*"))[: -self.config.keep_checkpoints]:
+                if old.name != f"step-{self.best_step or 0:06d}":
+                    remove_directory(old)
+        return True
+
+    def _warn(self, step: int, error: SaveFailed) -> None:
+        self.num_failed += 1
+        if self.world.first:
+            tqdm.write(
+                f"warning: step {step} could not be saved: {error}; {self.num_failed} save(s) in a row have failed. "
+                f"The run goes on; {self.newest()} is what it could be resumed from. Make room in {self.directory}"
+            )
+
+    def newest(self) -> str:
+        """The checkpoint that a resume would take, in words."""
+        found = sorted(self.directory.glob("step-*"))
+        return str(found[-1]) if found else "no checkpoint"
+
+    def _point_at_the_best(self) -> None:
+        path = self.directory / f"step-{self.best_step or 0:06d}"
+        if self.best_step is not None and path.exists() and self.link.resolve() != path.resolve():
             fresh = self.link.with_name(".best")
             fresh.unlink(missing_ok=True)
             fresh.symlink_to(path.relative_to(self.link.parent))
             fresh.rename(self.link)
-        kept = self.link.resolve() if self.link.is_symlink() else None
-        for old in sorted(self.directory.glob("step-*"))[: -self.config.keep_checkpoints]:
-            if old.resolve() != kept:
-                shutil.rmtree(old)
 
-    def after_step(self, step: int, score: float | None, *, last: bool) -> None:
+    def after_step(self, step: int, score: float | None, *, last: bool, row_tokens: int = 0) -> None:
         """Saves if the evaluation just made is the best so far, if a checkpoint is due, or if the run ends here."""
+        saved = True
         if score is not None and (self.best is None or score > self.best):
-            self.save(step, best=score)
+            saved = self.save(step, row_tokens=row_tokens, best=score)
         elif last or step % self.config.save_every == 0:
-            self.save(step)
+            saved = self.save(step, row_tokens=row_tokens)
+        if last and not saved:
+            raise ValueError(
+                f"the run ends at step {step} and could not be saved, see the warning above: make room, then go on "
+                f"from {self.newest()} with --resume {self.directory.parent}"
+            )
 
     def resume(self) -> int:
-        """Restores the newest checkpoint; returns the steps it has behind it."""
+        """Restores the newest checkpoint; returns the steps it has behind it, 0 where the run died before its first."""
         found = sorted(self.directory.glob("step-*"))
         if not found:
-            raise ValueError(f"{self.directory}: no checkpoint to resume from; start the run anew")
+            if self.world.first:
+                tqdm.write(f"{self.directory} holds no checkpoint yet: the run begins anew")
+            return 0
         state = load_training_state(found[-1], self.model, self.optimizers, self.world)
-        self.best = state["best"]
+        for name, value in self.origin.items():
+            if state[name] != value:
+                raise ValueError(
+                    f"{name} was {state[name]!r} in {found[-1]} and is {value!r} now: the data order, the reference "
+                    "and what is frozen would be others; give the --data and the --model that the run began with"
+                )
+        self.best, self.best_step = state["best"], state["best_step"]
+        self.row_tokens = state["row_tokens"] if state["processes"] == self.world.size else 0
+        if self.world.first:
+            self._point_at_the_best()  # the run may have died between the checkpoint and its link
         return state["step"]
+
+
+def model_fingerprint(name: str) -> str:
+    """Sixteen hex digits that change with the weights files of a model: their names, sizes and a sample of bytes."""
+    config = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
+    digest = hashlib.sha256()
+    for path in sorted(Path(config).parent.glob("*.safetensors")) if config else []:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for part in range(64):  # 256 KB of a file, however large
+                file.seek(size * part // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
 
 
 # ---- what a run tells ----------------------------------------------------------------------------------------------
@@ -457,15 +560,28 @@ class RunLog:
 
     def __init__(self, out: Path, config: RunConfig, world: World, start_step: int):
         self.out, self.first, self.boards = out, world.first, []
-        if not self.first:
-            return
-        self.say(f"writing to {out}")
-        for name in ("metrics.jsonl", "completions.jsonl", "completions.1.jsonl", "eval.jsonl"):
-            _drop_after(out / name, start_step)  # a resumed run repeats what came after its checkpoint
+        self.waiting: dict[Path, list[dict]] = {}  # rows that a full disk did not take
+        if self.first:
+            self.say(f"writing to {out}")
+            # Only now: a resume that was refused leaves the options of the run as they were.
+            versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+            about = {"options": asdict(config), "files": config.known_files, "versions": versions}
+            write_text_safely(out / "config.json", json.dumps(about, indent=1))
+            for name in LOGS:
+                _drop_after(out / name, start_step)  # a resumed run repeats what came after its checkpoint
+            newer, older = out / "completions.jsonl", out / "completions.1.jsonl"
+            if older.exists() and not newer.stat().st_size:  # the file was changed after the checkpoint
+                older.replace(newer)
+            self._open_boards(config, start_step)
+        barrier(world)  # other ranks read some of these
+
+    def _open_boards(self, config: RunConfig, start_step: int) -> None:
+        out = self.out
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            board = SummaryWriter(str(out / "tensorboard"), purge_step=start_step)
+            # purge_step is the first that is repeated, and an evaluation comes before the first step
+            board = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
             self.boards.append(lambda step, figures: [board.add_scalar(k, v, step) for k, v in figures.items()])
         if config.wandb:
             import wandb
@@ -490,11 +606,44 @@ class RunLog:
         path = self.out / name
         if name == "completions.jsonl" and path.exists() and path.stat().st_size > MAX_COMPLETIONS_BYTES:
             path.replace(self.out / "completions.1.jsonl")
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+        rows = [*self.waiting.pop(path, []), {"step": step, **figures}]
+        if not append_rows(path, rows):
+            self.waiting[path] = rows
         numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
         for board in self.boards:
             board(step, numbers)
+
+
+def append_rows(path: Path, rows: Sequence[dict]) -> bool:
+    """Appends a JSON line for each row; a full disk leaves the file as it was, with a warning and False."""
+    data = "".join(json.dumps(_strict(row)) + "\n" for row in rows).encode()
+    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)  # in one write: several ranks may append
+    try:
+        written = os.write(number, data)
+        if written < len(data):
+            os.ftruncate(number, os.fstat(number).st_size - written)
+        reason = "" if written == len(data) else "no space left"
+    except OSError as error:
+        reason = str(error)
+    finally:
+        os.close(number)
+    if reason:
+        tqdm.write(f"warning: {len(rows)} line(s) wait to be written to {path}: {reason}")
+    return not reason
+
+
+def _strict(value: object) -> object:
+    """The same with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSON lines file of the run; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _drop_after(path: Path, step: int) -> None:
@@ -505,6 +654,33 @@ def _drop_after(path: Path, step: int) -> None:
         fresh = path.with_suffix(".partial")
         fresh.write_text("".join(kept), encoding="utf-8")
         fresh.rename(path)
+
+
+class BadSteps:
+    """Writes steps without a finite update to bad_steps.jsonl, and ends the run after too many in a row."""
+
+    def __init__(self, out: Path, config: RunConfig, world: World, start: int):
+        self.path, self.limit, self.world = out / "bad_steps.jsonl", config.max_bad_steps, world
+        steps = {row["step"] for row in read_rows(self.path)}
+        self.in_a_row = next(count for count in itertools.count() if start - count not in steps)
+
+    def after_step(self, step: int, figures: dict[str, float], samples: list[dict], newest: str) -> None:
+        """`samples` are this rank's suspects, `newest` the checkpoint to go back to."""
+        if not figures["skipped_updates"]:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        row = {"step": step, **{name: figures[name] for name in ("loss", "grad_norm", "skipped_updates")}}
+        samples = all_gather(samples, self.world)
+        if self.world.first:
+            tqdm.write(f"warning: step {step} had a loss or gradient that is not finite: update skipped, {self.path}")
+            append_rows(self.path, [{**row, "samples": samples}])
+        if self.in_a_row >= self.limit:
+            raise ValueError(
+                f"{self.in_a_row} steps in a row, the last of them {step}, without a finite loss and gradient: their "
+                f"samples are in {self.path}. The weights are those before them, the last good checkpoint {newest}: "
+                "look at the samples, lower --learning_rate, or allow more with --max_bad_steps"
+            )
 
 
 @contextmanager
@@ -522,24 +698,34 @@ def _clock(world: World) -> float:
 
 
 class StopSignal:
-    """Set by Ctrl-C or SIGTERM, so that the step in progress ends and is saved; a second Ctrl-C stops at once.
+    """Set by Ctrl-C, SIGTERM or a time limit, so that the step in progress ends and is saved; a second Ctrl-C stops at
+    once.
 
     Schedulers send SIGTERM to every process of a job, and `launch` passes it on: a second one means no more than one.
     """
 
-    def __init__(self):
-        self.received = False
+    def __init__(self, max_hours: float = 0.0, began: float = 0.0):
+        self.received = 0.0  # when
+        self.deadline = began + 3600 * max_hours if max_hours else math.inf
+        self.before, self.longest = time.monotonic(), 0.0  # the end of the step before, the longest step so far
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: object) -> None:
-        if self.received and number == signal.SIGINT:
+        # A terminal and a launcher may both pass one Ctrl-C on.
+        if self.received and number == signal.SIGINT and time.monotonic() - self.received > ONE_KEYSTROKE:
             raise KeyboardInterrupt
-        self.received = True
+        self.received = self.received or time.monotonic()
 
     def agreed(self, world: World) -> bool:
-        """Whether any rank was told to stop; all ranks hear the same."""
-        return all_sum({"stop": float(self.received)}, world, largest=True)["stop"] > 0
+        """Whether any rank was told to stop or would end its next step too late; asked once a step, all hear the same.
+
+        Between two questions lie a step and, now and then, an evaluation and a save: the longest so far is reserved.
+        """
+        now = time.monotonic()
+        self.longest, self.before = max(self.longest, now - self.before), now
+        stop = self.received > 0 or now + self.longest > self.deadline
+        return all_sum({"stop": float(stop)}, world, largest=True)["stop"] > 0
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -5,8 +5,10 @@ A true box is written as {"bbox_2d": [x1, y1, x2, y2]}, rounded to whole numbers
 """
 
 import json
+import math
 import re
 import sys
+import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +25,7 @@ from parallel import World, all_sum, apply_gradients, clip_gradients, gradient_s
 from rewards import load_reward
 from rollout import completion_logprobs
 from run import (
+    BadSteps,
     CheckpointKeeper,
     PromptFeed,
     RowBudget,
@@ -38,8 +41,8 @@ from run import (
     open_run,
     peak_memory_gb,
     row_budget,
+    seed_step,
     set_learning_rate,
-    step_seed,
     timed,
     total_steps,
 )
@@ -111,9 +114,10 @@ def train_step(
 
     total = budget.attempt(attempt)
     norm = clip_gradients([parameter for _, parameter in trainable(policy)], config.max_grad_norm)
-    skipped = float(not apply_gradients(optimizers, norm))
+    loss = all_sum({"loss": total}, world)
+    skipped = float(not apply_gradients(optimizers, norm if math.isfinite(loss["loss"]) else math.nan))
     return {
-        **all_sum({"loss": total}, world),
+        **loss,
         "answer_tokens": num_tokens,
         "grad_norm": norm,
         "skipped_updates": skipped,
@@ -121,7 +125,7 @@ def train_step(
 
 
 def main(config: Config) -> None:
-    dtype = compute_dtype(config.dtype)
+    began, dtype = time.monotonic(), compute_dtype(config.dtype)
     with process_group(bf16=dtype == torch.bfloat16, shard_within_node=config.shard_within_node) as world:
         samples, eval_sets = load_run_samples(config, world)
         policy, processor = load_policy(config, world)
@@ -134,11 +138,12 @@ def main(config: Config) -> None:
             return
         optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
         out = open_run(config, world)
-        feed = PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl", steps)
-        keeper = CheckpointKeeper(out, policy, optimizers, config, world)
+        keeper = CheckpointKeeper(out, policy, optimizers, config, world, num_samples=len(samples))
         start = keeper.resume() if config.resume else 0
-        budget = row_budget(config, policy, world, reference=False)
-        log, stop = RunLog(out, config, world, start), StopSignal()
+        budget = row_budget(config, policy, world, reference=False, known=keeper.row_tokens)
+        log, stop = RunLog(out, config, world, start), StopSignal(config.max_hours, began)
+        feed = PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl", steps, start)
+        bad = BadSteps(out, config, world, start)
         if start == 0 and config.eval_every:
             keeper.best = evaluate_sets(policy, processor, eval_sets, 0, config, world, log)
 
@@ -147,9 +152,10 @@ def main(config: Config) -> None:
             rate = set_learning_rate(
                 optimizers, learning_rate_factor(step, steps, config.warmup_steps, config.schedule)
             )
-            torch.manual_seed(step_seed(config, step, world))  # of dropout
+            seed_step(config, step, world)
             with timed("learn", world) as seconds:
-                figures = train_step(policy, processor, optimizers, feed.take(step), blank, budget, config, world)
+                prompts = feed.take(step)
+                figures = train_step(policy, processor, optimizers, prompts, blank, budget, config, world)
             done = step + 1
             figures |= {
                 **seconds,
@@ -159,11 +165,16 @@ def main(config: Config) -> None:
                 **feed.figures(),
             }
             log.metrics(done, figures)
+            samples_of_step = [
+                {"id": p.sample.id, "images": p.sample.images, "question": p.sample.question, "answer": p.answer}
+                for p in prompts
+            ]
+            bad.after_step(done, figures, samples_of_step, keeper.newest())
             bar.set_postfix(loss=f"{figures['loss']:.3f}", grad_norm=f"{figures['grad_norm']:.3f}")
             score, last = None, done == steps or stop.agreed(world)
             if config.eval_every and (done % config.eval_every == 0 or done == steps):
                 score = evaluate_sets(policy, processor, eval_sets, done, config, world, log)
-            keeper.after_step(done, score, last=last)
+            keeper.after_step(done, score, last=last, row_tokens=budget.tokens)
             if last and done < steps:
                 log.say(f"stopped after step {done}; go on with: python sft.py --resume {out}")
                 break

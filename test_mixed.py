@@ -23,7 +23,7 @@ from data import Sample, mixed_indices, share_out, step_indices
 from options import parse_options
 from run import PromptFeed, load_run_samples
 from test_parallel import ALONE, CONFIG
-from train import Config, causes_for_concern, log_group, rollout_figures, score_texts, total_rewards
+from train import Config, causes_for_concern, group_record, rollout_figures, score_texts, total_rewards
 from vlm import Prompt
 
 HERE = Path(__file__).parent
@@ -183,7 +183,7 @@ def scored(files):
     box, choice = "<think>x</think><answer>[0, 0, 10, 10]</answer>", "<think>x</think><answer>B</answer>"
     texts = [box, "<answer>no box</answer>", "<think>x</think><answer>12</answer>", "13", choice, "A"]
     prompts = [prompt_of(1), prompt_of(0, "12"), prompt_of(1, "B", "mcq")]
-    rewards = score_texts(texts, prompts, config, torch.device("cpu"))
+    rewards, _ = score_texts(texts, prompts, config, torch.device("cpu"))
     completions = [[torch.tensor([5, 2]), torch.tensor([5])], [torch.tensor([2])] * 2, [torch.tensor([5, 5, 2])] * 2]
     totals = total_rewards(rewards, prompts, config)
     return train.Rollout(prompts, completions, torch.zeros(6, 3), texts, rewards, totals, totals), config
@@ -227,17 +227,11 @@ def test_with_one_file_no_figure_is_told_twice():
     assert not [key for key in rollout_figures(rollout, CONFIG, ALONE, [2]) if key.startswith("file/")]
 
 
-def test_a_logged_group_shows_what_its_file_pays(files, tmp_path):
+def test_a_logged_group_shows_what_its_file_pays(files):
     rollout, config = scored(files)
-
-    class Log:
-        def write(self, name, step, record):
-            self.record = record
-
-    log = Log()
-    log_group(log, 1, rollout, config)
-    assert [list(row["rewards"]) for row in log.record["group"]] == [["iou", f"{files}/mine.py:spread"]] * 2
-    json.dumps(log.record, allow_nan=False)
+    record = group_record(rollout, 0, config)
+    assert [list(row["rewards"]) for row in record["group"]] == [["iou", f"{files}/mine.py:spread"]] * 2
+    json.dumps(record, allow_nan=False)
 
 
 def test_a_warning_names_the_file_even_where_the_others_are_fine(files):

@@ -1,6 +1,5 @@
 """rollout.py against plain Hugging Face: G repeated rows, `generate`, and comparisons that have to fail."""
 
-import inspect
 from functools import partial
 
 import pytest
@@ -16,10 +15,11 @@ from rollout import (
     pack_row,
     pick_tokens,
     plan_rows,
+    restricted,
     sample_completions,
     see_images,
+    takes_seen_images,
     tower_is_frozen,
-    truncated,
 )
 from vlm import banned_token_ids
 
@@ -317,11 +317,11 @@ def test_banned_tokens_are_never_drawn(model, processor):
 
 def test_top_k_and_top_p_keep_the_likeliest_tokens_and_never_none():
     logprobs = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    assert truncated(logprobs, 2, 1.0).isfinite().tolist() == [[True, True, False, False]]
-    assert truncated(logprobs, 0, 0.6).isfinite().tolist() == [[True, True, False, False]]
-    assert truncated(logprobs, 0, 0.5).isfinite().tolist() == [[True, False, False, False]]
-    assert truncated(logprobs, 0, 1e-9).isfinite().tolist() == [[True, False, False, False]]
-    assert truncated(logprobs, 99, 1.0).equal(logprobs)
+    assert restricted(logprobs, 2, 1.0).isfinite().tolist() == [[True, True, False, False]]
+    assert restricted(logprobs, 0, 0.6).isfinite().tolist() == [[True, True, False, False]]
+    assert restricted(logprobs, 0, 0.5).isfinite().tolist() == [[True, False, False, False]]
+    assert restricted(logprobs, 0, 1e-9).isfinite().tolist() == [[True, False, False, False]]
+    assert restricted(logprobs, 99, 1.0).equal(logprobs)
 
 
 def test_drawing_leaves_the_model_in_the_mode_it_was_in(model, processor):
@@ -346,7 +346,7 @@ def test_many_prompts_prefilled_in_several_rows_draw_the_same(model, processor, 
 def test_images_seen_once_give_the_same_draws_and_log_probs(model, processor):
     prompts = make_prompts(processor)
     seen = [see_images(model, prompt) for prompt in prompts]
-    assert not any("pixel_values" in prompt for prompt in seen) and "pixel_values" in prompts[0]
+    assert "pixel_values" in prompts[0] and ("pixel_values" in seen[0]) != takes_seen_images(model)
     draw = partial(sample_completions, group_size=2, max_new_tokens=6, eos_ids=[2])
     drawn = [draw(model, p, generator=torch.Generator().manual_seed(0)) for p in (prompts, seen)]
     assert [[ids.tolist() for ids in group] for group in drawn[0]] == [[i.tolist() for i in g] for g in drawn[1]]
@@ -359,6 +359,6 @@ def test_a_tower_is_frozen_when_nothing_but_the_language_model_is_trained(proces
     model = toy.build_model(processor.tokenizer)
     assert not tower_is_frozen(model)
     model.model.visual.requires_grad_(False)
-    assert tower_is_frozen(model) == ("mm_encoder_outputs" in inspect.signature(type(model.model).forward).parameters)
+    assert tower_is_frozen(model)
     next(model.model.visual.parameters()).requires_grad_(True)
     assert not tower_is_frozen(model)

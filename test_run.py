@@ -11,7 +11,16 @@ import toy
 import train
 from data import read_samples, step_indices
 from parallel import World
-from run import PromptFeed, RunLog, _drop_after, learning_rate_factor, load_policy, memory_estimate, row_budget
+from run import (
+    PromptFeed,
+    RunLog,
+    _drop_after,
+    learning_rate_factor,
+    load_policy,
+    memory_estimate,
+    read_rows,
+    row_budget,
+)
 from test_parallel import ALONE, CONFIG, make_model, make_rollout
 from test_train import run
 from train import make_rows
@@ -46,16 +55,19 @@ def test_completions_take_a_bounded_space_and_the_newest_are_kept(tmp_path, monk
     for step in range(1, 101):
         log.write("completions.jsonl", step, {"text": "x" * 80})
         log.write("metrics.jsonl", step, {"text": "x" * 80})
-    kept = ["completions.1.jsonl", "completions.jsonl"]
-    steps = [json.loads(line)["step"] for name in kept for line in (tmp_path / name).read_text().splitlines()]
+    kept = [tmp_path / "completions.1.jsonl", tmp_path / "completions.jsonl"]
+    whole = [[row["step"] for row in read_rows(path)] for path in kept]
+    steps = sum(whole, [])
     assert steps == list(range(101 - len(steps), 101)) and 10 <= len(steps) < 25
-    assert sum((tmp_path / name).stat().st_size for name in kept) < 2300
+    assert sum(path.stat().st_size for path in kept) < 2300
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 100
     resumed = steps[3]  # before the file was changed last
     log = RunLog(tmp_path, CONFIG, ALONE, resumed)
-    log.write("completions.jsonl", resumed + 1, {})
-    again = [json.loads(line)["step"] for name in kept for line in (tmp_path / name).read_text().splitlines()]
-    assert again == [*steps[:4], resumed + 1]
+    log.write("completions.jsonl", resumed + 1, {"text": "x" * 80})
+    assert [row["step"] for path in kept for row in read_rows(path)] == [*steps[:4], resumed + 1]
+    for step in range(resumed + 2, 101):  # repeated from there, the files are what they were
+        log.write("completions.jsonl", step, {"text": "x" * 80})
+    assert [[row["step"] for row in read_rows(path)] for path in kept] == whole
 
 
 def test_only_the_newest_checkpoints_and_the_best_are_kept(checkpoint, scenes, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """train.py: options, one step looked at closely, and whole runs on a small checkpoint."""
 
-import inspect
 import json
 import os
 import signal
@@ -19,7 +18,7 @@ import train
 from data import Sample
 from grpo import grpo_loss
 from options import parse_options
-from rollout import stack_groups
+from rollout import stack_groups, takes_seen_images
 from run import RowBudget
 from test_parallel import ALONE, CONFIG, Recorder, fixed, make_model, make_rollout
 from test_rollout import repeated_logprobs
@@ -64,7 +63,7 @@ def test_a_samples_own_method_replaces_the_first_reward_only():
     good = "<think>x</think><answer>[0, 0, 10, 10]</answer>"
     choice = "<think>x</think><answer>B</answer>"
     prompts = [prompt_of(), prompt_of("B", "mcq", False)]
-    rewards = score_texts([good, "[0, 0, 5, 10]", choice, "A"], prompts, config, torch.device("cpu"))
+    rewards = score_texts([good, "[0, 0, 5, 10]", choice, "A"], prompts, config, torch.device("cpu"))[0]
     assert rewards[:, 1].tolist() == [1, 0, 1, 0]
     assert rewards[0, 0] == 1 and rewards[2, 0] == 1 and rewards[3, 0] == 0
 
@@ -72,7 +71,7 @@ def test_a_samples_own_method_replaces_the_first_reward_only():
 def test_a_reward_of_ones_own_is_loaded_from_a_file(tmp_path):
     (tmp_path / "mine.py").write_text("def length(completion, answer):\n    return float(len(completion))\n")
     config = replace(CONFIG, rewards=[f"{tmp_path}/mine.py:length"], group_size=2)
-    assert score_texts(["abc", ""], [prompt_of()], config, torch.device("cpu")).tolist() == [[3.0], [0.0]]
+    assert score_texts(["abc", ""], [prompt_of()], config, torch.device("cpu"))[0].tolist() == [[3.0], [0.0]]
 
 
 @pytest.mark.parametrize("row_tokens", [60, 4096])
@@ -234,11 +233,66 @@ def test_warnings_name_the_likely_cause():
     assert "equal rewards" in causes_for_concern([{**fine, "groups_equal": 1.0}], config)[0]
 
 
-def test_a_reward_that_is_not_a_number_stops_with_its_sample(tmp_path):
-    (tmp_path / "bad.py").write_text("def nan(completion, answer):\n    return float('nan')\n")
-    config = replace(CONFIG, rewards=[f"{tmp_path}/bad.py:nan"], group_size=2)
-    with pytest.raises(ValueError, match="here: rewards .* gave .nan. for 'abc'"):
-        score_texts(["abc", ""], [prompt_of()], config, torch.device("cpu"))
+BAD_REWARDS = """
+import time
+
+def nan(completion, answer):
+    return float("nan")
+
+def nothing(completion, answer):
+    return None
+
+def fails(completion, answer):
+    return 1.0 if completion else 1 / 0
+
+def sleeps(completion, answer):
+    time.sleep(0.0 if completion else 60)
+    return 1.0
+
+def swallows(completion, answer):
+    try:
+        while not completion:
+            pass
+    except Exception:
+        return 0.5
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("nan", "gave nan, no finite number"),
+        ("nothing", "raised TypeError"),
+        ("fails", "raised ZeroDivisionError: division by zero"),
+        ("sleeps", "took longer than 0.2 s"),
+        ("swallows", "took longer than 0.2 s"),
+    ],
+)
+def test_a_reward_that_raises_hangs_or_gives_no_number_counts_0_and_is_named_with_its_sample(tmp_path, name, reason):
+    (tmp_path / "bad.py").write_text(BAD_REWARDS)
+    spec = f"{tmp_path}/bad.py:{name}"
+    config = replace(CONFIG, rewards=["iou", spec], group_size=2, reward_seconds=0.2)
+    rewards, errors = score_texts(["[0, 0, 10, 10]", ""], [prompt_of()], config, torch.device("cpu"))
+    assert rewards[1].tolist() == [0.0, 0.0] and errors[-1].startswith(f"here (s): reward {spec} {reason}")
+    assert errors[-1].endswith("for ''") and len(errors) == (2 if name in ("nan", "nothing") else 1)
+    assert rewards[0].tolist() == ([0.0, 0.0] if len(errors) == 2 else [0.0, 1.0]) or rewards[0, 0] > 0
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("answer", ["stop", "zero"])
+def test_a_failing_reward_stops_the_run_with_its_sample_or_scores_0_and_is_counted(
+    checkpoint, scenes, tmp_path, answer, capsys
+):
+    (tmp_path / "bad.py").write_text("def bad(completion, answer):\n    return 1 / 0 if len(completion) % 2 else 1.0\n")
+    more = ["--steps", "2", "--eval_every", "0", "--rewards", f"{tmp_path}/bad.py:bad", "--on_reward_error", answer]
+    if answer == "stop":
+        with pytest.raises(ValueError, match=r"train.jsonl:\d+ .*bad raised ZeroDivisionError.*--on_reward_error zero"):
+            run(checkpoint, scenes, tmp_path / "out", *more)
+        return
+    rows = run(checkpoint, scenes, tmp_path / "out", *more)
+    assert [row["reward"] for row in rows] == pytest.approx([1 - row["reward_errors"] / 6 for row in rows])
+    assert sum(row["reward_errors"] for row in rows) > 0 and "score 0, the first: " in capsys.readouterr().out
 
 
 def test_a_gradient_that_is_not_finite_is_counted_and_changes_no_weight():
@@ -293,25 +347,16 @@ def test_a_run_writes_what_the_readme_lists(checkpoint, scenes, tmp_path):
 
 
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(checkpoint, scenes, tmp_path):
-    whole = run(checkpoint, scenes, tmp_path / "whole", "--steps", "4", "--eval_every", "0", "--save_every", "2",
-                "--num_iterations", "2")  # fmt: skip
-    run(
-        checkpoint,
-        scenes,
-        tmp_path / "cut",
-        "--steps",
-        "3",
-        "--eval_every",
-        "0",
-        "--save_every",
-        "2",
-        "--num_iterations",
-        "2",
-    )
+    (tmp_path / "mine.py").write_text("def length(completion, answer):\n    return len(completion) % 5 / 4\n")
+    shared = ["--eval_every", "0", "--save_every", "2", "--num_iterations", "2"]
+    shared += ["--rewards", f"{tmp_path}/mine.py:length"]  # which varies: else nothing moves, and no loss is seen
+    whole = run(checkpoint, scenes, tmp_path / "whole", "--steps", "4", *shared)
+    run(checkpoint, scenes, tmp_path / "cut", "--steps", "3", *shared)
     (tmp_path / "cut" / "checkpoints" / "step-000003").rename(tmp_path / "gone")  # as if it died after step 2 was saved
     main(parse_options(Config, ["--resume", str(tmp_path / "cut"), "--steps", "4"], {}))
     cut = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert only_numbers(cut) == only_numbers(whole)
+    assert all(row["grad_norm"] > 0 and row["reward_std"] > 0 for row in whole) and whole[-1]["kl"] > 0
     weights = [
         (tmp_path / name / "checkpoints" / "step-000004" / "model.safetensors").read_bytes()
         for name in ("whole", "cut")
@@ -443,10 +488,7 @@ def test_images_are_opened_once_per_prompt_and_step(checkpoint, scenes, tmp_path
 
 def test_a_frozen_tower_runs_once_per_prompt_and_step_and_changes_nothing(checkpoint, scenes, tmp_path, monkeypatch):
     more = ["--steps", "2", "--eval_every", "0", "--freeze_vision", "--num_iterations", "2"]
-    if (
-        "mm_encoder_outputs"
-        not in inspect.signature(type(toy.build_model(toy.build_processor().tokenizer).model).forward).parameters
-    ):
+    if not takes_seen_images(toy.build_model(toy.build_processor().tokenizer)):
         pytest.skip("this version of transformers does not take images ready-made")
     calls = []
     tower = type(toy.build_model(toy.build_processor().tokenizer).model.visual)

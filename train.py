@@ -13,6 +13,7 @@ Shapes: B prompts of this rank, G completions each, N = B * G, C tokens of the l
 import math
 import statistics
 import sys
+import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,11 +28,12 @@ from transformers.hf_argparser import HfArg
 
 import toy
 from eval import evaluate_sets
-from grpo import group_advantages, grpo_loss
+from grpo import MAX_LOG_RATIO, group_advantages, grpo_loss
 from lora import adapters_off
 from options import RunConfig, Task, check_per_file, compute_dtype, parse_options
 from parallel import (
     World,
+    all_gather,
     all_sum,
     apply_gradients,
     clip_gradients,
@@ -40,9 +42,10 @@ from parallel import (
     launch,
     process_group,
 )
-from rewards import first_box, load_reward
+from rewards import checked_reward, first_box, load_reward
 from rollout import completion_logprobs, sample_completions, see_images, stack_groups, tower_is_frozen
 from run import (
+    BadSteps,
     CheckpointKeeper,
     PromptFeed,
     RowBudget,
@@ -58,9 +61,10 @@ from run import (
     micro_batches,
     open_run,
     peak_memory_gb,
+    read_rows,
     row_budget,
+    seed_step,
     set_learning_rate,
-    step_seed,
     timed,
     total_steps,
 )
@@ -173,6 +177,8 @@ class Rollout:
     rewards: Tensor  # [N, number of config.all_rewards], NaN where the file of the prompt has not that reward
     totals: Tensor  # [N] their weighted sum
     advantages: Tensor  # [N]
+    reward_errors: Sequence[str] = ()  # a line for each reward that gave no number and counts 0
+    suspects: Sequence[int] = ()  # prompts of a step without a finite update
 
 
 @dataclass(frozen=True)
@@ -183,26 +189,25 @@ class Row:
     mask: Tensor  # [n, C] bool, C of this row
 
 
-def score_texts(texts: Sequence[str], prompts: Sequence[Prompt], config: Config, device: torch.device) -> Tensor:
-    """Rewards [N, number of config.all_rewards], those of the prompt's file; a sample's own method replaces the first.
+def score_texts(
+    texts: Sequence[str], prompts: Sequence[Prompt], config: Config, device: torch.device
+) -> tuple[Tensor, list[str]]:
+    """Rewards [N, number of config.all_rewards], and a line for each that gave no number and counts 0.
 
-    NaN stands for the rewards that only other files have.
+    A prompt earns those of its file, NaN stands for the others; a sample's own method replaces the first.
     """
     tasks, names = config.tasks, config.all_rewards
-    rows = []
+    rows, errors = [], []
     for number, text in enumerate(texts):
         prompt = prompts[number // config.group_size]
-        specs = tasks[prompt.sample.file].rewards
-        functions = [load_reward(spec) for spec in (prompt.sample.reward or specs[0], *specs[1:])]
-        values = [function(text, prompt.answer) for function in functions]
-        if not all(math.isfinite(value) for value in values):
-            raise ValueError(
-                f"{prompt.sample.source}: rewards {list(specs)} gave {values} for {text[:200]!r}; "
-                "a reward must return a finite number"
-            )
-        earned = dict(zip(specs, values, strict=True))
+        sample, specs = prompt.sample, tasks[prompt.sample.file].rewards
+        earned = {}
+        for name, spec in zip(specs, (sample.reward or specs[0], *specs[1:]), strict=True):
+            earned[name], reason = checked_reward(spec, text, prompt.answer, config.reward_seconds)
+            if reason:
+                errors.append(f"{sample.source} ({sample.id}): reward {spec} {reason}, for {text[:200]!r}")
         rows.append([earned.get(name, math.nan) for name in names])
-    return torch.tensor(rows, dtype=torch.float32, device=device).view(-1, len(names))
+    return torch.tensor(rows, dtype=torch.float32, device=device).view(-1, len(names)), errors
 
 
 def total_rewards(
@@ -216,6 +221,21 @@ def total_rewards(
     table = torch.tensor([[of_file.get(name, 0.0) for name in names] for of_file in weights], device=rewards.device)
     files = torch.tensor([prompt.sample.file for prompt in prompts], device=rewards.device)
     return (rewards.nan_to_num() * table[files].repeat_interleave(config.group_size, 0)).sum(1)
+
+
+def answer_reward_errors(rollout: Rollout, config: Config, world: World) -> None:
+    """Stops all ranks together with the sample named, or warns, where a reward of any rank gave no number."""
+    count = all_sum({"errors": float(len(rollout.reward_errors))}, world)["errors"]
+    if not count:
+        return
+    first = all_gather(list(rollout.reward_errors[:1]), world)[0]
+    if config.on_reward_error == "stop":
+        raise ValueError(
+            f"{first}; {count:.0f} completions of this step have none: mend the reward, or let such completions score "
+            "0 with --on_reward_error zero"
+        )
+    if world.first:
+        tqdm.write(f"warning: {count:.0f} completions score 0, the first: {first}")
 
 
 def roll_out(
@@ -253,11 +273,11 @@ def roll_out(
             logprobs += drawn[1]
     flat = [ids for group in completions for ids in group]
     texts = processor.tokenizer.batch_decode(flat, skip_special_tokens=True)
-    rewards = score_texts(texts, prompts, config, flat[0].device)
+    rewards, errors = score_texts(texts, prompts, config, flat[0].device)
     totals = total_rewards(rewards, prompts, config)
     padded = pad_sequence([values for group in logprobs for values in group], batch_first=True)
     advantages = group_advantages(totals, config.group_size, scale=config.scale_advantages)
-    return Rollout(prompts, completions, padded, texts, rewards, totals, advantages)
+    return Rollout(prompts, completions, padded, texts, rewards, totals, advantages, errors)
 
 
 def make_rows(rollout: Rollout, config: Config, world: World, blank: Prompt, row_tokens: int) -> list[Row]:
@@ -328,8 +348,10 @@ def learn(
         old = logprobs if old is None else old
         for name, value in figures.items():
             sums[name] += value / (1 if name in FIRST_PASS_FIGURES else config.num_iterations)
+        loss = all_sum({"loss": float(figures["loss"])}, world)["loss"]
         norm = clip_gradients([parameter for _, parameter in trainable(policy)], config.max_grad_norm)
-        sums["skipped_updates"] += float(not apply_gradients(optimizers, norm)) / world.size
+        taken = apply_gradients(optimizers, norm if math.isfinite(loss) else math.nan)
+        sums["skipped_updates"] += float(not taken) / world.size
     largest = all_sum({"draw_gap_max": float(sums.pop("draw_gap_max"))}, world, largest=True)
     return {**all_sum({name: float(value) for name, value in sums.items()}, world), **largest, "grad_norm": norm}
 
@@ -358,7 +380,7 @@ def learn_pass(
     seen = torch.zeros_like(rollout.draw_logprobs)
     num_scored = all_sum({"tokens": float(sum(row.mask.sum() for row in rows))}, world)["tokens"] or 1.0
     gap_max = torch.zeros((), device=world.device)
-    sums = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "draw_gap", "entropy"), gap_max)
+    sums = dict.fromkeys(("loss", "kl", "clamped", "clip_low", "clip_high", "draw_gap", "entropy"), gap_max)
     for row in rows:
         place = (row.members, slice(row.mask.shape[1]))
         logprobs, entropies = score_row(policy, row, config, banned_ids)
@@ -375,6 +397,16 @@ def learn_pass(
             sums["draw_gap"] = sums["draw_gap"] + gap.sum() / num_scored
             sums["entropy"] = sums["entropy"] + (entropies.detach() * row.mask).sum() / num_scored
     return seen, {**sums, "draw_gap_max": gap_max}
+
+
+def suspects_of(logprobs: Tensor, rollout: Rollout, config: Config, world: World) -> list[int]:
+    """Which prompts of this rank spoilt a step: those with a log-prob (of `logprobs`, [N, C]) or an advantage that is
+    not finite; all where no rank has one, since it was a sum that overflowed.
+    """
+    good = logprobs.isfinite().all(1) & rollout.draw_logprobs.isfinite().all(1) & rollout.advantages.isfinite()
+    found = (~good).view(-1, config.group_size).any(1).nonzero().flatten().tolist()
+    anywhere = all_sum({"found": float(len(found))}, world)["found"]
+    return found if anywhere else list(range(len(rollout.prompts)))
 
 
 def rollout_figures(rollout: Rollout, config: Config, world: World, eos_ids: list[int]) -> dict[str, float]:
@@ -404,7 +436,8 @@ def rollout_figures(rollout: Rollout, config: Config, world: World, eos_ids: lis
             sums[key], counts[key] = sums[key] + value, counts[key] + 1
     sums, counts = all_sum(sums, world), all_sum(counts, world)
     shares = {f"{file}share": counts[f"{file}reward"] / config.prompts_per_step for file in files}
-    return {key: sums[key] / counts[key] for key in keys if counts[key]} | shares
+    errors = all_sum({"reward_errors": float(len(rollout.reward_errors))}, world)
+    return {key: sums[key] / counts[key] for key in keys if counts[key]} | shares | errors
 
 
 def group_figures(
@@ -452,6 +485,12 @@ def causes_for_concern(recent: Sequence[dict], config: Config) -> list[str]:
                 f"{groups_equal:.0%} of the groups{where} have equal rewards and teach nothing, though the format is "
                 "there: is the truth in the space the model answers in, are the samples too easy or too hard?"
             )
+    clamped = statistics.fmean(figures.get("clamped", 0.0) for figures in recent)
+    if clamped > 0:
+        warnings.append(
+            f"{clamped:.2%} of the tokens are more than a factor e^{MAX_LOG_RATIO:g} from the policy that drew them or "
+            "from the reference, and were clamped there: lower --learning_rate"
+        )
     return warnings
 
 
@@ -469,12 +508,11 @@ def train_step(
     ids: dict[str, list[int]],  # eos_ids and banned_ids
 ) -> tuple[dict[str, float], Rollout]:
     """One step of the algorithm: draw, score, learn; its figures and what was drawn."""
-    generator = torch.Generator(world.device)
-    generator.manual_seed(step_seed(config, step, world))
-    torch.manual_seed(step_seed(config, step, world))  # of dropout
+    generator = seed_step(config, step, world)
     prompts = feed.take(step)
     with timed("draw", world) as draw:
         rollout = roll_out(policy, processor, prompts, config, world, generator=generator, **ids)
+    answer_reward_errors(rollout, config, world)
     banned = ids["banned_ids"]
     with timed("score", world) as score:
         with adapters_off(policy):  # with LoRA, that is the reference
@@ -485,6 +523,10 @@ def train_step(
             )
     with timed("learn", world) as learning:
         figures = learn(policy, optimizers, rollout, ref, config, world, blank, banned, budget)
+    if figures["skipped_updates"]:  # the weights are as they were, so the log-probs can be asked for again
+        rows = make_rows(rollout, config, world, blank, budget.tokens)
+        logprobs = score_rollout(policy, rollout, rows, config, banned)
+        rollout = replace(rollout, suspects=suspects_of(logprobs, rollout, config, world))
     seconds = {**draw, **score, **learning}
     drawn = rollout_figures(rollout, config, world, ids["eos_ids"])
     tokens = config.prompts_per_step * config.group_size * drawn["completion_tokens"]
@@ -499,31 +541,26 @@ def train_step(
     }, rollout
 
 
-def log_group(log: RunLog, step: int, rollout: Rollout, config: Config) -> None:
-    """The first group of the step with all that it earned."""
-    size, prompt, names = config.group_size, rollout.prompts[0], config.all_rewards
-    columns = zip(
-        rollout.texts[:size], rollout.rewards[:size].tolist(), rollout.advantages[:size].tolist(), strict=True
-    )
-    group = [
+def group_record(rollout: Rollout, number: int, config: Config) -> dict:
+    """A group of the step with all that it earned, for completions.jsonl and bad_steps.jsonl."""
+    group, prompt = slice(number * config.group_size, (number + 1) * config.group_size), rollout.prompts[number]
+    rewards, advantages = rollout.rewards[group].tolist(), rollout.advantages[group].tolist()
+    columns = zip(rollout.texts[group], rewards, advantages, strict=True)
+    rows = [
         {
             "completion": text,
-            "rewards": {name: value for name, value in zip(names, rewards, strict=True) if not math.isnan(value)},
+            "rewards": {k: v for k, v in zip(config.all_rewards, rewards, strict=True) if not math.isnan(v)},
             "advantage": advantage,
         }
         for text, rewards, advantage in columns
     ]
-    record = {
-        "id": prompt.sample.id,
-        "images": prompt.sample.images,
-        "question": prompt.sample.question,
-        "answer": prompt.answer,
-    }
-    log.write("completions.jsonl", step, {**record, "group": group})
+    sample = prompt.sample
+    record = {"id": sample.id, "images": sample.images, "question": sample.question, "answer": prompt.answer}
+    return record | {"group": rows}
 
 
 def main(config: Config) -> None:
-    dtype = compute_dtype(config.dtype)
+    began, dtype = time.monotonic(), compute_dtype(config.dtype)
     with process_group(bf16=dtype == torch.bfloat16, shard_within_node=config.shard_within_node) as world:
         samples, eval_sets = load_run_samples(config, world)
         policy, processor = load_policy(config, world)
@@ -550,11 +587,14 @@ def main(config: Config) -> None:
                 blank = replace(blank, inputs=see_images(policy, blank))
         ids = {"eos_ids": eos_token_ids(policy, processor), "banned_ids": banned_token_ids(policy, processor)}
         out = open_run(config, world)
-        feed = PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl", steps)
-        keeper = CheckpointKeeper(out, policy, optimizers, config, world)
+        keeper = CheckpointKeeper(out, policy, optimizers, config, world, num_samples=len(samples))
         start = keeper.resume() if config.resume else 0
-        budget = row_budget(config, policy, world, reference=config.beta > 0 and not config.lora_rank)
-        log, stop, recent = RunLog(out, config, world, start), StopSignal(), deque(maxlen=WARN_EVERY)
+        budget = row_budget(
+            config, policy, world, reference=config.beta > 0 and not config.lora_rank, known=keeper.row_tokens
+        )
+        log, stop = RunLog(out, config, world, start), StopSignal(config.max_hours, began)
+        feed = PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl", steps, start)
+        bad, recent = BadSteps(out, config, world, start), deque(read_rows(out / "metrics.jsonl"), WARN_EVERY)
         if start == 0 and config.eval_every:
             keeper.best = evaluate_sets(policy, processor, eval_sets, 0, config, world, log)
 
@@ -573,14 +613,16 @@ def main(config: Config) -> None:
                 {name: f"{figures[name]:.3f}" for name in ("reward", "reward_std", "unparsed", "grad_norm")}
             )
             if done % config.log_completions_every == 0:
-                log_group(log, done, rollout, config)
+                log.write("completions.jsonl", done, group_record(rollout, 0, config))
+            suspects = [group_record(rollout, number, config) for number in rollout.suspects]
+            bad.after_step(done, figures, suspects, keeper.newest())
             if done % WARN_EVERY == 0 and world.first:
                 for warning in causes_for_concern(recent, config):
                     tqdm.write(f"warning: step {done}: {warning}")
             score, last = None, done == steps or stop.agreed(world)
             if config.eval_every and (done % config.eval_every == 0 or done == steps):
                 score = evaluate_sets(policy, processor, eval_sets, done, config, world, log)
-            keeper.after_step(done, score, last=last)
+            keeper.after_step(done, score, last=last, row_tokens=budget.tokens)
             if last and done < steps:
                 log.say(f"stopped after step {done}; go on with: python train.py --resume {out}")
                 break

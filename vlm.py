@@ -125,7 +125,8 @@ def load_model(
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, **options)
     else:
-        model = AutoModelForImageTextToText.from_pretrained(name_or_path, **options)
+        # Never a pickled checkpoint: reading one can run code.
+        model = AutoModelForImageTextToText.from_pretrained(name_or_path, use_safetensors=True, **options)
     use_shared_prefix(model)
     if freeze_vision:
         for name in vision_modules(model):
