@@ -1,9 +1,12 @@
 """attention.py against the dense mask, in float64 and with gradients, and against attention over the joined keys."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
 import toy
@@ -17,6 +20,7 @@ ROWS = {  # prompt lengths, lengths of each prompt's completions
     "a prompt without completions among others": ([3, 6, 2], [[2, 4], [], [5]]),
     "an empty completion": ([4, 3], [[0, 3], [2]]),
     "one-token prompts": ([1, 1], [[1, 2], [3]]),
+    "one long among short ones": ([5], [[17, 1, 2, 1, 3]]),
 }
 
 
@@ -121,10 +125,89 @@ def test_a_model_keeps_its_own_attention_outside_and_plain_calls_are_unchanged()
     assert_close(model(input_ids=ids, attention_mask=visible).logits[visible.bool()], expected[visible.bool()])
 
 
-def test_the_gpu_kernels_are_called_with_what_they_take():
-    """On meta tensors, which have shapes and no values: names, order and shapes of the arguments, nothing more."""
-    query, key = (torch.randn(2, h, 6, 64, dtype=torch.bfloat16, device="meta") for h in (3, 1))
-    out, lse = attention._kernel(query, key, key, True, 0.1)
-    assert out.shape == query.shape and lse.shape == query.shape[:3] and lse.dtype == torch.float32
-    grads = attention._kernel_backward(out, query, key, key, out, lse, True, 0.1)
-    assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
+def test_one_long_completion_does_not_pad_the_short_ones():
+    layout = row_layout([4], [[1000] + [5, 6, 7, 4] * 10], CPU)
+    assert sum(batch.own.numel() for batch in layout.batches) < 2 * len(layout.places)
+    tokens = torch.cat([batch.places for batch in layout.batches])
+    assert sorted(tokens.tolist()) == layout.places.tolist() == list(range(4, 4 + len(tokens)))
+
+
+def test_a_scale_of_the_models_own_is_used_and_what_is_not_computed_is_refused():
+    query, key, value, _ = states(6, 4, 2)
+    layer = torch.nn.Module()
+    layer.layer_idx, layer.num_key_value_groups = 0, 2
+    layout = row_layout([6], [[]], CPU)
+    attend = partial(attend_row, layout)
+    out, _ = attention.shared_prefix_attention(layer, query, key, value, None, attend=attend, scaling=0.9)
+    assert_close(out.transpose(1, 2), dense(query, key, value, layout.mask, 0.9))
+    out, _ = attention.shared_prefix_attention(layer, query, key, value, None, attend=attend)
+    assert_close(out.transpose(1, 2), dense(query, key, value, layout.mask, 8**-0.5))
+    with pytest.raises(ValueError, match="sliding_window is not computed here"):
+        attention.shared_prefix_attention(layer, query, key, value, None, attend=attend, sliding_window=4)
+
+
+def test_scores_while_decoding_are_not_rounded_to_bf16():
+    torch.manual_seed(0)
+    exact = [torch.randn(1, 2, n, 128).bfloat16() * 4 for n in (3, 50, 50)]
+    lse = attention._attend(*exact, 128**-0.5)[1]
+    query, key, _ = (x.double() for x in exact)
+    expected = (query @ key.transpose(2, 3) * 128**-0.5).logsumexp(-1)
+    assert (lse - expected).abs().max() < 1e-4  # a score near 40 in bf16 is off by 0.1
+
+
+def test_the_models_attention_comes_back_even_after_an_error():
+    model = toy.build_model(toy.build_processor().tokenizer)
+    with pytest.raises(KeyError), shared_prefix(model):
+        raise KeyError
+    assert model.config.get_text_config()._attn_implementation == "sdpa"
+
+
+class Calls(TorchDispatchMode):
+    """Keeps each operator's arguments by the names of its schema."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        names = [argument.name for argument in function._schema.arguments]
+        self.seen[function.__name__] = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_gpu_kernels_get_each_argument_in_its_place(causal):
+    """On meta tensors, which have shapes and no values."""
+    query = torch.randn(2, 3, 6, 64, dtype=torch.bfloat16, device="meta")
+    length = 6 if causal else 9
+    key, value = (torch.randn(2, 1, length, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    with Calls() as calls:
+        out, lse = attention._kernel(query, key, value, causal, 0.1)
+        grad = torch.empty_like(out)
+        grads = attention._kernel_backward(grad, query, key, value, out, lse, causal, 0.1)
+    forward = calls.seen["_scaled_dot_product_flash_attention.default"]
+    backward = calls.seen["_scaled_dot_product_flash_attention_backward.default"]
+    for arguments in (forward, backward):
+        assert arguments["query"] is query and arguments.get("is_causal", False) is causal and arguments["scale"] == 0.1
+        assert arguments.get("dropout_p", 0.0) == 0.0
+        assert arguments["key"]._base is key and arguments["value"]._base is value
+    assert backward["grad_out"] is grad and backward["out"] is out
+    assert backward["logsumexp"].shape == (2, 3, 6) and backward["logsumexp"].dtype == torch.float32
+    assert (backward["max_q"], backward["max_k"]) == (6, length)
+    assert [g.shape for g in grads] == [query.shape, key.shape, key.shape]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("row", ROWS)
+def test_on_a_gpu_in_bf16_attention_in_parts_is_that_of_the_dense_mask(row):
+    device = torch.device("cuda")
+    layout, exact = row_layout(*ROWS[row], device), row_layout(*ROWS[row], CPU)
+    full = states(exact.groups[-1][-1], 4, 2, head_size=128)
+    query, key, value, grad = (x.detach().to(device, torch.bfloat16).requires_grad_() for x in full)
+    out = attend_row(layout, 0, query, key, value, 128**-0.5)
+    expected = dense(*full[:3], exact.mask, 128**-0.5)
+    assert (out.cpu() - expected).abs().max() < 0.05
+    ours = torch.autograd.grad(out, (query, key, value), grad)
+    for a, b in zip(ours, torch.autograd.grad(expected, full[:3], full[3]), strict=True):
+        assert (a.cpu() - b).abs().max() < 0.1

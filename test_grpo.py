@@ -245,3 +245,43 @@ def test_on_cuda_bf16_products_come_back_in_fp32():
     exact, _ = linear_logprobs(hidden.double(), weight.double(), ids)
     assert ours.dtype == torch.float32
     assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_the_kl_figure_is_the_mean_over_tokens():
+    logprobs, ref, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -9.0]]), torch.tensor([[True, False]])
+    _, figures = grpo_loss(logprobs, logprobs, ref, torch.zeros(1), mask, beta=0.1)
+    assert float(figures["kl"]) == pytest.approx(math.exp(-0.5) + 0.5 - 1)
+
+
+def test_a_wide_spread_of_rewards_and_float64_are_kept():
+    rewards = torch.tensor([0.0, 100.0, 1e-9, 2e-9], dtype=torch.float64)
+    advantages = group_advantages(rewards, 2)
+    assert advantages.dtype == torch.float64
+    assert advantages[1] == pytest.approx(50 / (100 / 2**0.5 + 1e-4)) and advantages[3] > advantages[2]
+
+
+def test_the_gradient_of_gspo_is_that_of_one_ratio_for_the_whole_completion():
+    old, advantage = torch.tensor([[-1.0, -2.0, -0.5]], dtype=torch.float64), torch.tensor([1.5], dtype=torch.float64)
+    logprobs = (old + torch.tensor([[0.1, -0.2, 0.05]])).requires_grad_()
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    loss, _ = grpo_loss(logprobs, old, None, advantage, mask, beta=0.0, variant="gspo")
+    [gradient] = torch.autograd.grad(loss, logprobs)
+    ratio = math.exp((0.1 - 0.2 + 0.05) / 3)  # d/d logp_t of -ratio * A, where log ratio is a mean of three
+    assert torch.allclose(gradient, torch.full((1, 3), -1.5 * ratio / 3, dtype=torch.float64))
+
+
+def test_gradients_in_bf16_are_close_to_those_in_float64():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32).bfloat16(), (torch.randn(500, 32) / 4).bfloat16()
+    ids, results = torch.randint(500, (64,)), []
+    for dtype in (torch.float64, torch.bfloat16):
+        inputs = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+        logprobs, _ = linear_logprobs(*inputs, ids, chunk=5)
+        results.append(torch.autograd.grad(logprobs.sum(), inputs))
+    for exact, low in zip(*results, strict=True):
+        assert (exact - low).norm() < 0.003 * exact.norm()  # a hundred blocks accumulated in bf16: 0.011
+
+
+def test_states_and_a_head_of_different_dtypes_are_refused():
+    with pytest.raises(ValueError, match="cast one"):
+        linear_logprobs(torch.randn(2, 4), torch.randn(5, 4).bfloat16(), torch.tensor([0, 1]))

@@ -362,3 +362,64 @@ def test_a_tower_is_frozen_when_nothing_but_the_language_model_is_trained(proces
     assert tower_is_frozen(model)
     next(model.model.visual.parameters()).requires_grad_(True)
     assert not tower_is_frozen(model)
+
+
+# ---- what callers may rely on --------------------------------------------------------------------------------------
+
+
+class Noisy(torch.nn.Linear):
+    """A layer that is wrong in training mode, as one with dropout is."""
+
+    def forward(self, x):
+        return super().forward(x) * (0.0 if self.training else 1.0)
+
+
+def test_drawing_and_seeing_images_run_without_dropout_and_leave_every_module_in_its_mode(processor):
+    noisy = toy.build_model(processor.tokenizer, seed=3)
+    for module in (noisy.model.language_model.layers[0].mlp.down_proj, noisy.model.visual.blocks[0].mlp.down_proj):
+        module.__class__ = Noisy
+    prompts = make_prompts(processor, (1, 0))
+    draw = partial(sample_completions, noisy, max_new_tokens=5, eos_ids=[2], temperature=0, return_logprobs=True)
+    noisy.eval()
+    expected, seen = draw(prompts, 1)[1], see_images(noisy, prompts[0])
+    noisy.train()
+    noisy.model.visual.eval()
+    modes = [module.training for module in noisy.modules()]
+    for a, b in zip(draw(prompts, 1)[1], expected, strict=True):
+        assert a[0].equal(b[0])
+    if takes_seen_images(noisy):
+        again = see_images(noisy, prompts[0])["image_features"]
+        assert all(x.equal(y) for x, y in zip(again[0], seen["image_features"][0], strict=True))
+        assert not again[0][0].requires_grad
+    with pytest.raises(TypeError):
+        draw([None], 1)
+    assert [module.training for module in noisy.modules()] == modes
+
+
+def test_entropies_are_those_of_the_softmax_and_top_k_reaches_the_draw(model, processor):
+    prompts, completions = make_prompts(processor, (0,)), [[torch.tensor([30, 31])]]
+    [entropies] = completion_logprobs(model, prompts, completions, return_entropies=True)[1]
+    ids = torch.cat([prompts[0]["input_ids"][0], completions[0][0]])[None]
+    logprobs = model(input_ids=ids, mm_token_type_ids=torch.zeros_like(ids)).logits[0, -3:-1].log_softmax(1)
+    assert_close(entropies[0], -(logprobs.exp() * logprobs).sum(1), rtol=1e-6, atol=1e-6)
+    greedy = sample_completions(model, prompts, 1, max_new_tokens=4, eos_ids=[2], temperature=0)
+    drawn = sample_completions(model, prompts, 3, max_new_tokens=4, eos_ids=[2], temperature=3.0, top_k=1)
+    assert all(ids.equal(greedy[0][0]) for ids in drawn[0])
+
+
+def test_a_negative_temperature_is_refused(model, processor):
+    with pytest.raises(ValueError, match="temperature is -1"):
+        sample_completions(model, make_prompts(processor, (0,)), 1, max_new_tokens=1, eos_ids=[2], temperature=-1)
+
+
+def test_rows_are_filled_by_the_longest_groups_first():
+    # In the order given, first fit needs three rows of 100; from the longest on, two.
+    assert len(plan_rows([30, 70, 30, 70], [[], [], [], []], 100)) == 2
+    assert len(plan_rows([20, 20, 80, 80], [[], [], [], []], 100)) == 2
+
+
+@pytest.mark.parametrize("number, expected", [(0.0, 1), (0.5, 3), (1 - 2**-53, 3)])
+def test_a_token_of_no_probability_is_never_drawn_at_the_edges(number, expected, monkeypatch):
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0]])
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, number, dtype=torch.float64))
+    assert pick_tokens(logits, temperature=1.0)[0].tolist() == [expected]
