@@ -54,11 +54,13 @@ from transformers.utils import logging
 import toy
 from attention import use_shared_prefix
 from data import Sample
+from feed import PromptFeed
 from grpo import linear_logprobs
+from memory import RowBudget
 from parallel import process_group, shard_model
 from rewards import REWARDS
 from rollout import PackedRow, completion_logprobs, pack_row, plan_rows, root_forward, row_logprobs, sample_completions
-from run import PromptFeed, RowBudget, make_optimizers
+from run import make_optimizers
 from train import Config as TrainConfig
 from train import train_step
 from vlm import (

@@ -20,27 +20,19 @@ from transformers.hf_argparser import HfArg
 import toy
 from data import IMAGE_MARK, answer_boxes, move_answer_boxes
 from eval import evaluate_sets
+from feed import PromptFeed, load_run_samples
+from journal import BadSteps, CheckpointKeeper, RunLog, open_run
+from memory import RowBudget, draws_sharded, micro_batches, peak_memory_gb, row_budget
 from options import RunConfig, Task, compute_dtype, parse_options
 from parallel import World, all_sum, apply_gradients, clip_gradients, gradient_scale, launch, process_group
 from rewards import load_reward
 from rollout import completion_logprobs
 from run import (
-    BadSteps,
-    CheckpointKeeper,
-    PromptFeed,
-    RowBudget,
-    RunLog,
     StopSignal,
     describe_run,
-    draws_sharded,
     learning_rate_factor,
     load_policy,
-    load_run_samples,
     make_optimizers,
-    micro_batches,
-    open_run,
-    peak_memory_gb,
-    row_budget,
     seed_step,
     set_learning_rate,
     timed,

@@ -18,11 +18,12 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-import parallel
+import checkpoint
 import rollout
 import toy
+from checkpoint import save_checkpoint
 from data import IMAGE_MARK, BadSample, Sample
-from parallel import gathered, process_group, save_checkpoint, shard_model
+from parallel import gathered, process_group, shard_model
 from rollout import TOKEN_KEYS, completion_logprobs, sample_completions
 from test_parallel import ALONE, relative_difference, step_gradients
 from test_rollout import make_completions
@@ -299,7 +300,7 @@ def test_plain_transformers_loads_a_checkpoint(
 ):
     path = directory / "two" / family
     if processes == "one":
-        monkeypatch.setattr(parallel, "SHARD_SIZE", "100KB")
+        monkeypatch.setattr(checkpoint, "SHARD_SIZE", "100KB")
         path = tmp_path / "one"
         save(tmp_path, "one", load_model(str(directory / family))[0], ALONE, directory / family)
         index = json.loads((path / "model.safetensors.index.json").read_text())

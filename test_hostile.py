@@ -30,8 +30,8 @@ import eval as evaluation
 import sft
 import toy
 from data import BadSample, Sample, load_image
+from feed import PromptFeed, load_run_samples, load_samples
 from parallel import World
-from run import PromptFeed, load_run_samples, load_samples
 from train import Config
 from vlm import FAMILIES, Prompt, build_prompt, image_only
 

@@ -20,6 +20,7 @@ import eval as evaluation
 import lora
 import sft
 import train
+from checkpoint import load_training_state, save_checkpoint
 from lora import (
     adapted_layers,
     adapters_off,
@@ -28,10 +29,11 @@ from lora import (
     load_any,
     merge_adapters,
 )
+from memory import memory_estimate
 from options import parse_options
-from parallel import load_training_state, process_group, save_checkpoint
+from parallel import process_group
 from rollout import completion_logprobs
-from run import choose_trained, load_policy, make_optimizers, memory_estimate
+from run import choose_trained, load_policy, make_optimizers
 from test_parallel import ALONE, CONFIG, adamw_steps, relative_difference, step_gradients
 from test_rollout import make_completions, make_prompts
 from test_train import only_numbers, run

@@ -20,8 +20,8 @@ import sft
 import toy
 import train
 from data import Sample, mixed_indices, share_out, step_indices
+from feed import PromptFeed, load_run_samples
 from options import parse_options
-from run import PromptFeed, load_run_samples
 from test_parallel import ALONE, CONFIG
 from train import Config, causes_for_concern, group_record, rollout_figures, score_texts, total_rewards
 from vlm import Prompt

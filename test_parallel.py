@@ -21,25 +21,13 @@ from transformers import AutoModelForImageTextToText
 import toy
 import train
 import vlm
+from checkpoint import SIDE_FILES, _row_range, copy_side_files, load_training_state, save_checkpoint
 from data import Sample
 from grpo import group_advantages
-from parallel import (
-    SIDE_FILES,
-    World,
-    _row_range,
-    all_gather,
-    all_sum,
-    clip_gradients,
-    copy_side_files,
-    drawing,
-    gathered,
-    load_training_state,
-    process_group,
-    save_checkpoint,
-    shard_model,
-)
+from memory import RowBudget, memory_estimate
+from parallel import World, all_gather, all_sum, clip_gradients, drawing, gathered, process_group, shard_model
 from rollout import completion_logprobs, sample_completions, see_images
-from run import RowBudget, load_policy, load_reference, make_optimizers, memory_estimate
+from run import load_policy, load_reference, make_optimizers
 from test_rollout import make_completions, make_prompts
 from train import Rollout, learn, make_rows, score_rollout
 from vlm import Prompt, blank_prompt, trainable

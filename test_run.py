@@ -1,4 +1,4 @@
-"""run.py: the learning rate, rows of every rank, samples set aside, files and checkpoints of a run."""
+"""run.py, feed.py, memory.py, journal.py: learning rate, rows of every rank, samples set aside, files of a run."""
 
 import json
 from dataclasses import replace
@@ -10,17 +10,11 @@ import torch
 import toy
 import train
 from data import read_samples, step_indices
+from feed import PromptFeed
+from journal import RunLog, _drop_after, read_rows
+from memory import memory_estimate, row_budget
 from parallel import World
-from run import (
-    PromptFeed,
-    RunLog,
-    _drop_after,
-    learning_rate_factor,
-    load_policy,
-    memory_estimate,
-    read_rows,
-    row_budget,
-)
+from run import learning_rate_factor, load_policy
 from test_parallel import ALONE, CONFIG, make_model, make_rollout
 from test_train import run
 from train import make_rows
@@ -50,7 +44,7 @@ def test_a_line_that_a_killed_process_left_half_written_is_dropped(tmp_path):
 
 
 def test_completions_take_a_bounded_space_and_the_newest_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("run.MAX_COMPLETIONS_BYTES", 1000)
+    monkeypatch.setattr("journal.MAX_COMPLETIONS_BYTES", 1000)
     log = RunLog(tmp_path, CONFIG, ALONE, 0)
     for step in range(1, 101):
         log.write("completions.jsonl", step, {"text": "x" * 80})
@@ -145,7 +139,7 @@ def test_a_run_trains_on_boxes_in_the_space_asked_for_and_says_so(
 def test_a_rank_with_less_to_do_adds_rows_of_a_blank_prompt(monkeypatch):
     model, processor = make_model()
     rollout = make_rollout(model, processor, ALONE)
-    monkeypatch.setattr("run.all_sum", lambda values, world, largest: {"rows": 3.0})  # another rank has three
+    monkeypatch.setattr("memory.all_sum", lambda values, world, largest: {"rows": 3.0})  # another rank has three
     rows = make_rows(rollout, CONFIG, World(0, 2, torch.device("cpu"), None), blank_prompt(processor), 4096)
     assert len(rows) == 3 and [len(row.members) for row in rows] == [12, 0, 0]
     assert all(any("pixel_values" in prompt for prompt in row.prompts) for row in rows)
@@ -156,13 +150,13 @@ def test_row_tokens_auto_fill_what_memory_leaves_and_start_lower_where_nothing_c
     config = replace(CONFIG, row_tokens="auto")
     sizes = {}
     for gigabytes in (0.001, 1.0, 2.0, 10_000):
-        monkeypatch.setattr("run.device_memory_gb", lambda device, g=gigabytes: g)
+        monkeypatch.setattr("memory.device_memory_gb", lambda device, g=gigabytes: g)
         sizes[gigabytes] = row_budget(config, model, ALONE, reference=False).tokens
     assert sizes[0.001] == 256 and 256 < sizes[1.0] < sizes[2.0] < sizes[10_000] == 65_536
     estimate = memory_estimate(model, ALONE, config, reference=False, row_tokens=sizes[1.0])
     assert 0.85 < sum(estimate.values()) <= 0.9
-    monkeypatch.setattr("run.device_memory_gb", lambda device: 1.0)
-    monkeypatch.setattr("run.all_sum", lambda values, world, largest: values)
+    monkeypatch.setattr("memory.device_memory_gb", lambda device: 1.0)
+    monkeypatch.setattr("memory.all_sum", lambda values, world, largest: values)
     two = row_budget(config, model, World(0, 2, torch.device("cpu"), None), reference=False)
     assert abs(two.tokens - sizes[1.0] / 2) <= 1 and not two.may_shrink
 

@@ -18,15 +18,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoint as checkpoint_file
+import journal
 import parallel
-import run as run_module
 import sft
 import toy
 import train
+from checkpoint import SaveFailed, load_training_state, save_checkpoint
 from grpo import grpo_loss
+from journal import LOGS, RunLog, read_rows
 from options import parse_options
-from parallel import SaveFailed, load_training_state, save_checkpoint
-from run import LOGS, RunLog, StopSignal, load_policy, read_rows
+from run import StopSignal, load_policy
 from test_parallel import ALONE, CONFIG
 from test_train import only_numbers, options
 from vlm import load_model
@@ -290,7 +292,7 @@ def test_tensorboard_keeps_the_step_resumed_from_and_hides_what_is_repeated(tmp_
 
 def full_disk(monkeypatch, saves):
     """Makes these saves, counted from 1, run out of disk halfway."""
-    count, real = [0], parallel.save_file
+    count, real = [0], checkpoint_file.save_file
 
     def save(tensors, path):
         count[0] += 1
@@ -299,7 +301,7 @@ def full_disk(monkeypatch, saves):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         real(tensors, path)
 
-    monkeypatch.setattr(parallel, "save_file", save)
+    monkeypatch.setattr(checkpoint_file, "save_file", save)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(
@@ -332,7 +334,7 @@ def test_a_save_that_is_interrupted_leaves_the_last_one_and_its_remains_go_with_
     checkpoint, scenes, tmp_path, reward, monkeypatch
 ):
     argv = argv_of(checkpoint, scenes, *reward, "--eval_every", "0", "--save_every", "1", "--steps", "3")
-    real = parallel.save_file
+    real = checkpoint_file.save_file
 
     def interrupted(tensors, path):
         if "step-000002" in str(path):
@@ -340,7 +342,7 @@ def test_a_save_that_is_interrupted_leaves_the_last_one_and_its_remains_go_with_
             raise KeyboardInterrupt
         real(tensors, path)
 
-    monkeypatch.setattr(parallel, "save_file", interrupted)
+    monkeypatch.setattr(checkpoint_file, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_here(argv, tmp_path / "out")
     directory = tmp_path / "out" / "checkpoints"
@@ -480,7 +482,7 @@ def test_a_time_limit_stops_before_the_step_that_would_pass_it(checkpoint, scene
 def test_a_signal_during_an_evaluation_or_a_save_stops_after_it(
     checkpoint, scenes, tmp_path, reward, where, monkeypatch
 ):
-    module = train if where == "evaluate_sets" else run_module
+    module = train if where == "evaluate_sets" else journal
     real = getattr(module, where)
 
     def signalled(*arguments, **named):

@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-import run as run_module
+import memory
 import toy
 import train
 from data import Sample
 from grpo import grpo_loss
+from memory import RowBudget
 from options import parse_options
 from rollout import stack_groups, takes_seen_images
-from run import RowBudget
 from test_parallel import ALONE, CONFIG, Recorder, fixed, make_model, make_rollout
 from test_rollout import repeated_logprobs
 from train import Config, blank_prompt, causes_for_concern, learn, main, make_rows, roll_out, score_texts
@@ -187,7 +187,7 @@ def test_a_pass_that_runs_out_of_memory_is_repeated_with_half_the_tokens(monkeyp
     rollout = make_rollout(model, processor, ALONE)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     results = []
-    monkeypatch.setattr(run_module, "MIN_ROW_TOKENS", 16)
+    monkeypatch.setattr(memory, "MIN_ROW_TOKENS", 16)
     for tokens in (None, 100):
         model.load_state_dict(weights)
         budget = RowBudget(2048, may_shrink=True)

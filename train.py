@@ -28,8 +28,11 @@ from transformers.hf_argparser import HfArg
 
 import toy
 from eval import evaluate_sets
+from feed import PromptFeed, load_run_samples
 from grpo import MAX_LOG_RATIO, group_advantages, grpo_loss
+from journal import BadSteps, CheckpointKeeper, RunLog, open_run, read_rows
 from lora import adapters_off
+from memory import RowBudget, draws_sharded, micro_batches, peak_memory_gb, row_budget
 from options import RunConfig, Task, check_per_file, compute_dtype, parse_options
 from parallel import (
     World,
@@ -45,24 +48,12 @@ from parallel import (
 from rewards import checked_reward, first_box, load_reward
 from rollout import completion_logprobs, sample_completions, see_images, stack_groups, tower_is_frozen
 from run import (
-    BadSteps,
-    CheckpointKeeper,
-    PromptFeed,
-    RowBudget,
-    RunLog,
     StopSignal,
     describe_run,
-    draws_sharded,
     learning_rate_factor,
     load_policy,
     load_reference,
-    load_run_samples,
     make_optimizers,
-    micro_batches,
-    open_run,
-    peak_memory_gb,
-    read_rows,
-    row_budget,
     seed_step,
     set_learning_rate,
     timed,
