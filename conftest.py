@@ -27,3 +27,19 @@ def scenes(tmp_path_factory):
     toy.write_split(path, "train", 24, seed=1)
     toy.write_split(path, "test", 6, seed=2)
     return path
+
+
+LENGTH_REWARD = """
+import random
+
+def length(completion, answer):
+    return len(completion) % 5 / 4 + random.random() / 100  # random too, as a reward may be
+"""
+
+
+@pytest.fixture(scope="session")
+def reward(tmp_path_factory):
+    """A reward that an untrained model earns now and then: without one nothing would move."""
+    path = tmp_path_factory.mktemp("reward") / "mine.py"
+    path.write_text(LENGTH_REWARD)
+    return ["--rewards", f"{path}:length"]
