@@ -102,11 +102,11 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes on Linux
 
 
-def draws_sharded(config: RunConfig, model: nn.Module, world: World) -> bool:
+def draws_sharded(config: RunConfig, model: nn.Module, world: World, *, reference: bool) -> bool:
     """Whether layers stay sharded while drawing: because asked for, or because a whole copy would not fit."""
     if world.size == 1:
         return False
-    terms = memory_estimate(model, world, config, reference=False, row_tokens=0)
+    terms = memory_estimate(model, world, config, reference=reference, row_tokens=0)
     return config.draw_sharded or sum(terms.values()) > 0.9 * device_memory_gb(world.device)
 
 

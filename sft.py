@@ -122,7 +122,7 @@ def main(config: Config) -> None:
         samples, eval_sets = load_run_samples(config, world)
         policy, processor = load_policy(config, world)
         steps = total_steps(config, len(samples))
-        world = replace(world, draw_sharded=draws_sharded(config, policy, world))
+        world = replace(world, draw_sharded=draws_sharded(config, policy, world, reference=False))
         if config.dry_run:
             text = describe_run(policy, processor, samples, config, world, steps, completions=1, reference=False)
             if world.first:

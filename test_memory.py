@@ -1,10 +1,11 @@
 """memory.py: rows of every rank, and their budget; the estimate is weighed in test_parallel.py."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 
-from memory import memory_estimate, row_budget
+from memory import draws_sharded, memory_estimate, row_budget
 from parallel import World
 from test_parallel import ALONE, CONFIG, make_model, make_rollout
 from train import make_rows
@@ -34,3 +35,18 @@ def test_row_tokens_auto_fill_what_memory_leaves_and_start_lower_where_nothing_c
     monkeypatch.setattr("memory.all_sum", lambda values, world, largest: values)
     two = row_budget(config, model, World(0, 2, torch.device("cpu"), None), reference=False)
     assert abs(two.tokens - sizes[1.0] / 2) <= 1 and not two.may_shrink
+
+
+def test_layers_stay_sharded_while_drawing_where_a_whole_copy_beside_the_rest_does_not_fit(monkeypatch):
+    model, _ = make_model()
+    shards = SimpleNamespace(size=lambda: 2)
+    two = World(0, 2, torch.device("cpu"), {"shard": shards})
+    terms = memory_estimate(model, two, CONFIG, reference=True, row_tokens=0)
+    enough = sum(terms.values()) / 0.9
+    assert terms["gathered while drawing"] == 2 * terms["reference"] > 0
+    for gigabytes, sharded in ((enough * 1.01, False), (enough * 0.99, True)):
+        monkeypatch.setattr("memory.device_memory_gb", lambda device, g=gigabytes: g)
+        assert draws_sharded(CONFIG, model, two, reference=True) == sharded
+    assert not draws_sharded(replace(CONFIG, draw_sharded=True), model, ALONE, reference=True)
+    monkeypatch.setattr("memory.device_memory_gb", lambda device: 1e6)
+    assert draws_sharded(replace(CONFIG, draw_sharded=True), model, two, reference=True)

@@ -556,7 +556,8 @@ def main(config: Config) -> None:
         samples, eval_sets = load_run_samples(config, world)
         policy, processor = load_policy(config, world)
         steps = total_steps(config, len(samples))
-        world = replace(world, draw_sharded=draws_sharded(config, policy, world))
+        second = config.beta > 0 and not config.lora_rank  # a reference that is a model of its own
+        world = replace(world, draw_sharded=draws_sharded(config, policy, world, reference=second))
         if config.dry_run:
             text = describe_run(
                 policy,
@@ -566,12 +567,12 @@ def main(config: Config) -> None:
                 world,
                 steps,
                 completions=config.group_size,
-                reference=config.beta > 0 and not config.lora_rank,
+                reference=second,
             )
             if world.first:
                 print(text)
             return
-        reference = (policy if config.lora_rank else load_reference(config, world)) if config.beta else None
+        reference = load_reference(config, world) if second else policy if config.beta else None
         optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
         if tower_is_frozen(policy):
             with drawing(policy, world):
@@ -580,9 +581,7 @@ def main(config: Config) -> None:
         out = open_run(config, world)
         keeper = CheckpointKeeper(out, policy, optimizers, config, world, num_samples=len(samples))
         start = keeper.resume() if config.resume else 0
-        budget = row_budget(
-            config, policy, world, reference=config.beta > 0 and not config.lora_rank, known=keeper.row_tokens
-        )
+        budget = row_budget(config, policy, world, reference=second, known=keeper.row_tokens)
         log, stop = RunLog(out, config, world, start), StopSignal(config.max_hours, began)
         feed = PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl", steps, start)
         bad, recent = BadSteps(out, config, world, start), deque(read_rows(out / "metrics.jsonl"), WARN_EVERY)
