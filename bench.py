@@ -312,7 +312,7 @@ def repeated_logprobs(model: nn.Module, prompt: Prompt, answers: Tensor, *, visi
     return logits[:, :-1].log_softmax(-1, dtype=torch.float32).gather(2, answers[..., None])[..., 0]
 
 
-HEAD = {"cpu": (1000, 512, 151_936), "cuda": (8192, 2048, 151_936)}  # tokens, hidden, Qwen's vocabulary
+HEAD = {"cpu": (2000, 1024, 151_936), "cuda": (8192, 2048, 151_936)}  # tokens, hidden, Qwen's vocabulary
 SCORED = 128  # completions
 
 
