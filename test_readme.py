@@ -42,13 +42,16 @@ def test_the_table_of_families_is_that_of_the_code():
 
 
 def test_every_option_the_readme_names_exists():
+    import bench
     import eval as evaluation
     import prepare
     import sft
     import toy
     import train
 
-    fields = {name for module in (train, sft, evaluation, prepare) for name in module.Config.__dataclass_fields__}
+    fields = {
+        name for module in (train, sft, evaluation, prepare, bench) for name in module.Config.__dataclass_fields__
+    }
     foreign = {
         "standalone",
         "nproc_per_node",
