@@ -316,12 +316,16 @@ HEAD = {"cpu": (2000, 1024, 151_936), "cuda": (8192, 2048, 151_936)}  # tokens, 
 SCORED = 128  # completions
 
 
-def head(way: str, device: torch.device) -> None:
-    """Log-probs of tokens from hidden states, and their gradients."""
+def head_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, the head's weight and the tokens."""
     tokens, hidden, vocabulary = HEAD[device.type]
     options = {"device": device, "dtype": torch.bfloat16 if device.type == "cuda" else None, "requires_grad": True}
     states, weight = torch.randn(tokens, hidden, **options), torch.randn(vocabulary, hidden, **options)
-    ids = torch.randint(vocabulary, (tokens,), device=device)
+    return states, weight, torch.randint(vocabulary, (tokens,), device=device)
+
+
+def head(way: str, states: Tensor, weight: Tensor, ids: Tensor) -> None:
+    """Log-probs of tokens from hidden states, and their gradients."""
     if way == "ours":
         logprobs, _ = linear_logprobs(states, weight, ids)
     else:
@@ -594,9 +598,11 @@ def measure(config: Config) -> dict:
     if row == "answers":
         return ANSWERS[way][1](config, work)
 
+    inputs = head_inputs(config.torch_device) if row == "head" else ()  # no part of the growth, like any model
+
     def run(workload: Workload | None) -> None:
         if row == "head":
-            head(way, config.torch_device)
+            head(way, *inputs)
         elif row == "rewards":
             rewards()
         else:
