@@ -21,16 +21,14 @@ from transformers.hf_argparser import HfArg
 
 import toy
 from data import BadSample, Sample, answer_boxes, template_text
-from detection import OVDEVAL_GROUPS, coco_map, greedy_precision_recall, nms_ap, ovdeval_overall
-from feed import load_samples, seeded_sample
-from journal import RunLog
-from lora import load_any
-from options import RunConfig, check_per_file, compute_dtype, file_names, parse_options
-from parallel import World, all_gather, drawing, launch, process_group, shard_model
-from rewards import average_precision, checked_reward, first_box, iou, load_reward, parse_boxes, reads_boxes
-from rollout import sample_completions
-from run import seed_step
-from vlm import (
+from infra.options import RunConfig, check_per_file, compute_dtype, file_names, parse_options
+from infra.parallel import World, all_gather, drawing, launch, process_group, shard_model
+from infra.prompts import load_samples, seeded_sample
+from infra.run import seed_step
+from infra.runlog import RunLog
+from metrics.detection import OVDEVAL_GROUPS, coco_map, greedy_precision_recall, nms_ap, ovdeval_overall
+from model.lora import load_any
+from model.vlm import (
     MAX_PIXELS,
     banned_token_ids,
     build_prompt,
@@ -38,6 +36,8 @@ from vlm import (
     eos_token_ids,
     to_image_box,
 )
+from rewards import average_precision, checked_reward, first_box, iou, load_reward, parse_boxes, reads_boxes
+from rollout import sample_completions
 
 
 @dataclass(frozen=True)

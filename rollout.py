@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 
-import attention
-from attention import GroupCache, RowLayout, attend_row, no_mask, row_layout, shared_prefix
-from grpo import linear_logits, linear_logprobs
+from model import attention
+from model.attention import GroupCache, RowLayout, attend_row, no_mask, row_layout, shared_prefix
+from model.logprobs import linear_logits, linear_logprobs
 
 PREFILL_TOKENS = 4096  # prompts prefilled in one row; its activations are what this bounds
 # Of a prompt's tensors, these describe its tokens and are rebuilt for a row; all others (pixels, grids) are joined.

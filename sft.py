@@ -20,14 +20,11 @@ from transformers.hf_argparser import HfArg
 import toy
 from data import IMAGE_MARK, answer_boxes, move_answer_boxes
 from eval import evaluate_sets
-from feed import PromptFeed, load_run_samples
-from journal import BadSteps, CheckpointKeeper, RunLog, open_run
-from memory import RowBudget, draws_sharded, micro_batches, peak_memory_gb, row_budget
-from options import RunConfig, Task, compute_dtype, parse_options
-from parallel import World, all_sum, apply_gradients, clip_gradients, gradient_scale, launch, process_group
-from rewards import load_reward
-from rollout import completion_logprobs
-from run import (
+from infra.memory import RowBudget, draws_sharded, micro_batches, peak_memory_gb, row_budget
+from infra.options import RunConfig, Task, compute_dtype, parse_options
+from infra.parallel import World, all_sum, apply_gradients, clip_gradients, gradient_scale, launch, process_group
+from infra.prompts import PromptFeed, load_run_samples, sample_record
+from infra.run import (
     StopSignal,
     describe_run,
     learning_rate_factor,
@@ -38,7 +35,10 @@ from run import (
     timed,
     total_steps,
 )
-from vlm import Prompt, banned_token_ids, blank_prompt, hide_special, spell_out, trainable
+from infra.runlog import BadSteps, CheckpointKeeper, RunLog, open_run
+from model.vlm import Prompt, banned_token_ids, blank_prompt, hide_special, spell_out, trainable
+from rewards import load_reward
+from rollout import completion_logprobs
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,7 @@ def main(config: Config) -> None:
                 **feed.figures(),
             }
             log.metrics(done, figures)
-            samples_of_step = [
-                {"id": p.sample.id, "images": p.sample.images, "question": p.sample.question, "answer": p.answer}
-                for p in prompts
-            ]
-            bad.after_step(done, figures, samples_of_step, keeper.newest())
+            bad.after_step(done, figures, [sample_record(prompt) for prompt in prompts], keeper.newest())
             bar.set_postfix(loss=f"{figures['loss']:.3f}", grad_norm=f"{figures['grad_norm']:.3f}")
             score, last = None, done == steps or stop.agreed(world)
             if config.eval_every and (done % config.eval_every == 0 or done == steps):

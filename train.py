@@ -28,13 +28,10 @@ from transformers.hf_argparser import HfArg
 
 import toy
 from eval import evaluate_sets
-from feed import PromptFeed, load_run_samples
 from grpo import MAX_LOG_RATIO, group_advantages, grpo_loss
-from journal import BadSteps, CheckpointKeeper, RunLog, open_run, read_rows
-from lora import adapters_off
-from memory import RowBudget, draws_sharded, micro_batches, peak_memory_gb, row_budget
-from options import RunConfig, Task, check_per_file, compute_dtype, parse_options
-from parallel import (
+from infra.memory import RowBudget, draws_sharded, micro_batches, peak_memory_gb, row_budget
+from infra.options import RunConfig, Task, check_per_file, compute_dtype, parse_options
+from infra.parallel import (
     World,
     all_gather,
     all_sum,
@@ -45,9 +42,8 @@ from parallel import (
     launch,
     process_group,
 )
-from rewards import checked_reward, first_box, load_reward
-from rollout import completion_logprobs, sample_completions, see_images, stack_groups, tower_is_frozen
-from run import (
+from infra.prompts import PromptFeed, load_run_samples, sample_record
+from infra.run import (
     StopSignal,
     describe_run,
     learning_rate_factor,
@@ -59,7 +55,11 @@ from run import (
     timed,
     total_steps,
 )
-from vlm import Prompt, banned_token_ids, blank_prompt, eos_token_ids, trainable
+from infra.runlog import BadSteps, CheckpointKeeper, RunLog, open_run, read_rows
+from model.lora import adapters_off
+from model.vlm import Prompt, banned_token_ids, blank_prompt, eos_token_ids, trainable
+from rewards import checked_reward, first_box, load_reward
+from rollout import completion_logprobs, sample_completions, see_images, stack_groups, tower_is_frozen
 
 GROUP_FIGURES = ("reward", "reward_std", "groups_equal", "truncated", "unparsed", "completion_tokens")
 FILE_FIGURES = ("reward", "groups_equal", "truncated", "unparsed", "completion_tokens")  # told for each file too
@@ -545,9 +545,7 @@ def group_record(rollout: Rollout, number: int, config: Config) -> dict:
         }
         for text, rewards, advantage in columns
     ]
-    sample = prompt.sample
-    record = {"id": sample.id, "images": sample.images, "question": sample.question, "answer": prompt.answer}
-    return record | {"group": rows}
+    return sample_record(prompt) | {"group": rows}
 
 
 def main(config: Config) -> None:

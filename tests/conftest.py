@@ -1,0 +1,47 @@
+"""What several test files use: a small checkpoint on disk and a few scenes in VLM-R1's format."""
+
+import pytest
+import torch
+from transformers.utils import logging
+
+import toy
+import toy.model
+import toy.scenes
+
+torch.set_num_threads(1)  # the suite runs beside its own worker processes; more threads only spin
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """An untrained toy as a Hugging Face directory."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    processor = toy.model.build_processor()
+    toy.model.build_model(processor.tokenizer).save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A directory with train.jsonl (24 questions) and test.jsonl (6) and their images."""
+    path = tmp_path_factory.mktemp("scenes")
+    toy.scenes.write_split(path, "train", 24, seed=1)
+    toy.scenes.write_split(path, "test", 6, seed=2)
+    return path
+
+
+LENGTH_REWARD = """
+import random
+
+def length(completion, answer):
+    return len(completion) % 5 / 4 + random.random() / 100  # random too, as a reward may be
+"""
+
+
+@pytest.fixture(scope="session")
+def reward(tmp_path_factory):
+    """A reward that an untrained model earns now and then: without one nothing would move."""
+    path = tmp_path_factory.mktemp("reward") / "mine.py"
+    path.write_text(LENGTH_REWARD)
+    return ["--rewards", f"{path}:length"]

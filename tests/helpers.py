@@ -1,0 +1,226 @@
+"""What several test files use: small runs, fixed roll-outs, and comparisons."""
+
+import errno
+import json
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+from PIL import Image
+from torch.distributed.tensor import DTensor
+
+import toy
+import toy.model
+import toy.scenes
+import train
+from data import Sample
+from grpo import group_advantages
+from infra import checkpoint as checkpoint_file
+from infra.memory import RowBudget
+from infra.options import parse_options
+from infra.parallel import World
+from infra.runlog import LOGS, read_rows
+from model.vlm import Prompt, blank_prompt, trainable
+from train import (
+    Config,
+    Rollout,
+    learn,
+    main,
+    make_rows,
+    score_rollout,
+)
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+
+
+CONFIG = train.Config(
+    data=["unused"], prompts_per_step=4, group_size=3, beta=0.1, max_grad_norm=1e9, max_completion_tokens=9
+)
+
+
+GROUP = CONFIG.group_size
+
+
+class Recorder:
+    """Stands where an optimizer does and keeps the gradients it is asked to apply."""
+
+    def __init__(self, model):
+        self.model, self.gradients = model, {}
+
+    def step(self):
+        for name, parameter in trainable(self.model):
+            gradient = parameter.grad
+            self.gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+
+    def zero_grad(self, set_to_none):
+        self.model.zero_grad(set_to_none=set_to_none)
+
+
+def make_model(seed=3):
+    processor = toy.model.build_processor()
+    return toy.model.build_model(processor.tokenizer, seed=seed), processor
+
+
+def make_rollout(model, processor, world):
+    """This rank's share of four groups; the images are all in the first and third, so rank 1 of two has none."""
+    inputs = make_prompts(processor, (1, 0, 2, 0))
+    completions = make_completions(model, 4, GROUP)
+    rewards = torch.rand(4 * GROUP, generator=torch.Generator().manual_seed(2))
+    mine = slice(world.rank, None, world.size)
+    prompts = [Prompt(i, "", Sample("s", "q", "a", (), "", False, "test"), None, None) for i in inputs]
+    totals = rewards.view(4, GROUP)[mine].flatten()
+    widest = max(len(ids) for group in completions[mine] for ids in group)
+    return Rollout(
+        prompts[mine],
+        completions[mine],
+        torch.zeros(len(totals), widest),
+        [""] * len(totals),
+        totals[:, None],
+        totals,
+        group_advantages(totals, GROUP),
+    )
+
+
+def step_gradients(model, reference, processor, world, row_tokens, **changes):
+    """Gradients and figures of one step as train.learn computes them."""
+    config = replace(CONFIG, **changes)
+    rollout, blank, budget = make_rollout(model, processor, world), blank_prompt(processor), fixed(row_tokens)
+    rows = make_rows(rollout, config, world, blank, row_tokens)
+    ref = score_rollout(reference, rollout, rows, config, []) if reference is not None else None
+    recorder = Recorder(model)
+    figures = learn(model, [recorder], rollout, ref, config, world, blank, [], budget)
+    return recorder.gradients, figures, len(rows)
+
+
+def fixed(row_tokens=4096):
+    return RowBudget(row_tokens, may_shrink=False)
+
+
+def adamw_steps(model, processor, optimizer, world, count):
+    config = replace(CONFIG, beta=0.0)
+    for _ in range(count):
+        rollout = make_rollout(model, processor, world)
+        learn(model, [optimizer], rollout, None, config, world, blank_prompt(processor), [], fixed())
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def spawn(job, count, *arguments):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(job, (port, *arguments), nprocs=count)
+
+
+def relative_difference(a, b):
+    largest = max(g.abs().max() for g in b.values())
+    return max((a[name] - b[name]).abs().max() / largest for name in b).item()
+
+
+def make_prompts(processor, image_counts=(1, 2, 0, 1)):
+    """Prompts of different lengths with so many images each, of different sizes."""
+    prompts, generator = [], torch.Generator().manual_seed(7)
+    for number, count in enumerate(image_counts):
+        sizes = [(64 + 32 * index, 48 + 16 * number) for index in range(count)]
+        images = [
+            Image.fromarray(torch.randint(256, (height, width, 3), generator=generator, dtype=torch.uint8).numpy())
+            for width, height in sizes
+        ]
+        content = [{"type": "image"}] * count + [{"type": "text", "text": "the small red circle" + " above" * number}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        prompts.append(dict(processor(text=[text], images=images or None, return_tensors="pt")))
+    return prompts
+
+
+def make_completions(model, num_prompts, group_size=3):
+    """Ragged random completions, free of vision tokens."""
+    generator = torch.Generator().manual_seed(11)
+    lengths = torch.randint(1, 9, (num_prompts, group_size), generator=generator).tolist()
+    return [[torch.randint(10, 150, (length,), generator=generator) for length in group] for group in lengths]
+
+
+def repeated_logprobs(model, prompts, completions):
+    """The naive way: one plain forward of prompt + completion for every completion."""
+    result = []
+    for prompt, group in zip(prompts, completions, strict=True):
+        rows = []
+        for answer in group:
+            ids = torch.cat([prompt["input_ids"][0], answer])[None]
+            features = {key: prompt[key] for key in ("pixel_values", "image_grid_thw") if key in prompt}
+            types = torch.cat([prompt["mm_token_type_ids"][0], torch.zeros_like(answer)])[None]
+            logits = model(input_ids=ids, mm_token_type_ids=types, **features).logits[0]
+            start = prompt["input_ids"].shape[1]
+            rows.append(logits[start - 1 : -1].log_softmax(1).gather(1, answer[:, None])[:, 0])
+        result.append(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    return result
+
+
+def options(checkpoint, scenes, out, *more):
+    """A command line for a small run."""
+    return [
+        "--model", checkpoint, "--data", str(scenes / "train.jsonl"), "--eval_data", str(scenes / "test.jsonl"),
+        "--template", "plain", "--output_dir", str(out), "--prompts_per_step", "2", "--group_size", "3",
+        "--max_completion_tokens", "6", "--min_pixels", "256", "--learning_rate", "1e-3",
+        "--log_completions_every", "1",
+        *more,
+    ]  # fmt: skip
+
+
+def run(checkpoint, scenes, out, *more):
+    main(parse_options(Config, options(checkpoint, scenes, out, *more), {}))
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def only_numbers(rows):
+    """Metrics without what differs from run to run: seconds, speed, memory."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per_second", "memory"))} for row in rows
+    ]
+
+
+def outcome(out, step):
+    """All that two equal runs have in common: figures, completions, evaluations, weights and training state."""
+    directory = out / "checkpoints" / f"step-{step:06d}"
+    rows = {name: read_rows(out / name) for name in LOGS}
+    rows["metrics.jsonl"] = only_numbers(rows["metrics.jsonl"])
+    files = {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "README.md"}
+    return rows, files, (out / "best").resolve().name if (out / "best").exists() else None
+
+
+def assert_equal(found, expected):
+    for name, rows in expected[0].items():
+        assert found[0][name] == rows, name
+    assert found[1].keys() == expected[1].keys()
+    for name, content in expected[1].items():
+        assert found[1][name] == content, name
+    assert found[2] == expected[2]
+
+
+def argv_of(checkpoint, scenes, *more):
+    """Options of a small run that evaluates and saves, without its directory."""
+    argv = options(checkpoint, scenes, "", *more)
+    place = argv.index("--output_dir")
+    return argv[:place] + argv[place + 2 :]
+
+
+def run_here(argv, out=None):
+    """A run in this process."""
+    train.main(parse_options(train.Config, [*argv, *(["--output_dir", str(out)] if out else [])], {}))
+
+
+def full_disk(monkeypatch, saves):
+    """Makes these saves, counted from 1, run out of disk halfway."""
+    count, real = [0], checkpoint_file.save_file
+
+    def save(tensors, path):
+        count[0] += 1
+        if count[0] in saves:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint_file, "save_file", save)

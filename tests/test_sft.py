@@ -1,0 +1,97 @@
+"""sft.py: what is imitated, the loss against plain Hugging Face, and a run that learns."""
+
+import json
+
+import pytest
+import torch
+from helpers import ALONE, Recorder, fixed
+
+import sft
+import toy
+import toy.model
+from data import Sample
+from infra.options import parse_options
+from model.vlm import Prompt, blank_prompt, build_prompt, load_model
+from sft import Config, main, response_ids, train_step
+
+
+def prompt_of(answer, has_boxes=True):
+    return Prompt({}, answer, Sample("s", "<image>the red circle", answer, (), "", has_boxes, "here"), None, None)
+
+
+@pytest.mark.parametrize(
+    "answer, has_boxes, text",
+    [
+        ("[1.4, 2.6, 30, 20]", True, '<answer>{"bbox_2d": [1, 3, 30, 20]}</answer>'),
+        (
+            '[{"bbox_2d": [1.4, 2, 3, 4], "label": "a"}]',
+            True,
+            '<answer>[{"bbox_2d": [1, 2, 3, 4], "label": "a"}]</answer>',
+        ),
+        ("None", False, "<answer>None</answer>"),
+    ],
+)
+def test_the_answer_is_written_in_whole_numbers_and_ends(answer, has_boxes, text):
+    processor = toy.model.build_processor()
+    ids = response_ids(processor, prompt_of(answer, has_boxes), "<answer>{answer}</answer>")
+    assert processor.tokenizer.decode(ids[:-1]) == text
+    assert int(ids[-1]) == processor.tokenizer.eos_token_id
+
+
+def test_a_response_may_repeat_the_question_without_its_image_mark():
+    processor = toy.model.build_processor()
+    ids = response_ids(processor, prompt_of("[1, 2, 3, 4]"), toy.RESPONSE)
+    assert (
+        processor.tokenizer.decode(ids[:-1])
+        == '<think>the red circle</think><answer>{"bbox_2d": [1, 2, 3, 4]}</answer>'
+    )
+
+
+@pytest.mark.parametrize("row_tokens", [50, 4096])
+def test_the_loss_is_that_of_plain_hugging_face_on_the_answers_alone(checkpoint, scenes, row_tokens):
+    from data import read_samples
+
+    argv = ["--model", checkpoint, "--data", "d", "--row_tokens", str(row_tokens), "--max_grad_norm", "1e9"]
+    config = parse_options(Config, argv, {})
+    model, processor = load_model(checkpoint, min_pixels=256)
+    samples = read_samples(scenes / "train.jsonl", scenes)[:3]
+    prompts = [build_prompt(processor, sample, template="plain") for sample in samples]
+    recorder = Recorder(model)
+    figures = train_step(
+        model, processor, [recorder], prompts, blank_prompt(processor), fixed(row_tokens), config, ALONE
+    )
+
+    model.zero_grad()
+    losses = []
+    for prompt in prompts:
+        answer = response_ids(processor, prompt, config.response)
+        ids = torch.cat([prompt.inputs["input_ids"][0], answer])[None]
+        types = torch.cat([prompt.inputs["mm_token_type_ids"], torch.zeros(1, len(answer), dtype=torch.long)], 1)
+        features = {key: prompt.inputs[key] for key in ("pixel_values", "image_grid_thw")}
+        logits = model(input_ids=ids, mm_token_type_ids=types, **features).logits[0, -len(answer) - 1 : -1]
+        logits[:, sorted(sft.banned_token_ids(model, processor))] = -torch.inf
+        losses.append(torch.nn.functional.cross_entropy(logits, answer, reduction="none"))
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    assert figures["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    largest = max(p.grad.abs().max() for p in model.parameters())
+    for name, parameter in model.named_parameters():
+        assert (recorder.gradients[name] - parameter.grad).abs().max() < 1e-5 * largest
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_learns_the_format_and_writes_a_checkpoint(checkpoint, scenes, tmp_path, optimizer):
+    rate = {"adamw": "3e-3", "muon": "2e-2"}[optimizer]
+    argv = ["--model", checkpoint, "--data", str(scenes / "train.jsonl"), "--eval_data", str(scenes / "test.jsonl"),
+            "--template", "plain", "--response", toy.RESPONSE, "--output_dir", str(tmp_path / "out"),
+            "--prompts_per_step", "8", "--min_pixels", "256", "--learning_rate", rate, "--steps", "12",
+            "--max_completion_tokens", "24", "--optimizer", optimizer]  # fmt: skip
+    main(parse_options(Config, argv, {}))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    assert (tmp_path / "out" / "checkpoints" / "step-000012" / "model.safetensors").exists()
+
+
+def test_a_response_without_the_answer_is_refused():
+    with pytest.raises(ValueError, match="lacks {answer}"):
+        parse_options(Config, ["--model", "m", "--data", "d", "--response", "yes"], {})
