@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,8 +36,21 @@ SIDE_FILES = (
 )  # fmt: skip
 
 
+EVALUATION_FILE = "evaluation.json"
+
+
 class SaveFailed(Exception):
-    """A checkpoint that could not be written; what was there before is as it was."""
+    """A checkpoint could not be written; what was there before is unchanged."""
+
+
+@dataclass(frozen=True)
+class Packaging:
+    """What a checkpoint holds besides tensors."""
+
+    source: str  # the model that training began with; its tokenizer and processor files are copied
+    dtype: torch.dtype  # of the weights files
+    pixels: tuple[int, int]  # the pixel budget (least, most) of the training, for the processor's config
+    evaluation: dict  # what the run evaluates under, for eval.py: evaluation.json
 
 
 def save_checkpoint(
@@ -45,15 +59,11 @@ def save_checkpoint(
     optimizers: list[torch.optim.Optimizer],
     state: dict,
     world: World,
-    *,
-    source: str,
-    dtype: torch.dtype,
-    pixels: tuple[int, int],
+    packaging: Packaging,
 ) -> None:
-    """Writes model and training state beside `directory`, then renames: it is whole or not there.
+    """Writes model and training state beside `directory`, then renames: the checkpoint is whole or not there.
 
-    `source` is where the model came from: tokenizer and processor files are copied, with the pixel budget (least, most)
-    of the training. `state` goes into trainer.json. Where one rank cannot write, all raise SaveFailed.
+    `state` goes into trainer.json. If one rank cannot write, all ranks raise SaveFailed.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     with _all_or_none(world, partial):
@@ -68,16 +78,19 @@ def save_checkpoint(
         if _shard_index(world) is not None:
             path = partial / STATE_FILE.format(_shard_index(world))
             save_file(_finite(_training_tensors(model, optimizers)), path)
-            sync_file(path)
+            _finish_file(path)
         if world.first:
             if adapters:
-                save_adapter(partial, model, {name: weights[name] for name, _ in trainable(model)}, source)
+                trained = {name: weights[name] for name, _ in trainable(model)}
+                save_adapter(partial, model, trained, packaging.source)
             else:
-                _save_weights(partial, model, weights, dtype)
-            copy_side_files(source, partial, counted_pixels(model.config.model_type, pixels))
-            (partial / "trainer.json").write_text(json.dumps({**state, "num_shards": _num_shards(world)}, indent=1))
-            for path in partial.iterdir():  # so that the rename cannot reach the disk before what it names
-                sync_file(path)
+                _save_weights(partial, model, weights, packaging.dtype)
+            pixels = counted_pixels(model.config.model_type, packaging.pixels)
+            copy_side_files(packaging.source, partial, pixels)
+            (partial / EVALUATION_FILE).write_text(json.dumps(packaging.evaluation, indent=1))
+            (partial / "trainer.json").write_text(json.dumps({**state, "num_shards": world.num_shards}, indent=1))
+            for path in partial.iterdir():  # the rename must not reach the disk before the files
+                _finish_file(path)
             sync_file(partial)
     with _all_or_none(world, partial):
         if world.first:
@@ -142,6 +155,17 @@ def write_text_safely(path: Path, text: str) -> None:
     fresh.write_text(text, encoding="utf-8")
     sync_file(fresh)
     fresh.rename(path)
+
+
+def _finish_file(path: Path) -> None:
+    """Gives a file the permissions of any new file and waits until it is on the disk.
+
+    safetensors writes 0600, which colleagues on a shared disk cannot read.
+    """
+    mask = os.umask(0o022)  # only setting the mask tells what it was
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+    sync_file(path)
 
 
 def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
@@ -269,9 +293,7 @@ def _local(tensor: Tensor) -> Tensor:
 def _read_rows(files: list, key: str, parameter: nn.Parameter, world: World) -> Tensor:
     """This rank's rows of a tensor that was cut into len(files) ranges of rows."""
     rows = parameter.shape[0]
-    start, stop = _row_range(
-        rows, _num_shards(world), 0 if world.mesh is None else world.mesh["shard"].get_local_rank()
-    )
+    start, stop = _row_range(rows, world.num_shards, 0 if world.mesh is None else world.mesh["shard"].get_local_rank())
     parts = []
     for shard, file in enumerate(files):
         first, end = _row_range(rows, len(files), shard)
@@ -287,10 +309,6 @@ def _row_range(rows: int, shards: int, shard: int) -> tuple[int, int]:
     """Rows of a shard as FSDP2 cuts them (torch.chunk): equal parts, rounded up, the last ones shorter or empty."""
     size = -(-rows // shards)
     return min(shard * size, rows), min((shard + 1) * size, rows)
-
-
-def _num_shards(world: World) -> int:
-    return 1 if world.mesh is None else world.mesh["shard"].size()
 
 
 def _shard_index(world: World) -> int | None:

@@ -1,14 +1,14 @@
 """Processes and sharding: everything that knows how many ranks there are.
 
-One process per GPU, started here or by torchrun. FSDP2 shards each decoder layer, each vision block and the root;
-masters stay fp32 while bf16 computes, since at a learning rate of 1e-6 bf16 weights lose their updates. The CPU in fp32
-runs the same code without sharding. Left out: tensor, context and pipeline parallelism, CPU offload.
+One process runs per GPU, started here or by torchrun. FSDP2 shards each decoder layer, each vision block and the root.
+Masters stay fp32 while bf16 computes, since at a learning rate of 1e-6 bf16 weights lose their updates. On a CPU in
+fp32 the same code runs without sharding. Left out: tensor, context and pipeline parallelism, CPU offload.
 """
 
-import math
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,14 +22,19 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
+from infra.options import USER_ERROR
+from model.packing import pack_row, row_attention
 from model.vlm import DECODER_LAYERS, family_of
-from rollout import image_features, next_logits, pack_row, row_attention, row_logprobs
+from rollout import next_logits, root_forward, run_as_forward
+
+STOPPED = 3  # exit code of a run that was told to stop and has saved
 
 
 @dataclass(frozen=True)
 class World:
+    """This process's place among all processes."""
+
     rank: int
     size: int
     device: torch.device
@@ -40,26 +45,62 @@ class World:
     def first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def num_shards(self) -> int:
+        """How many ranks share one copy of the weights."""
+        return 1 if self.mesh is None else self.mesh["shard"].size()
+
 
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 
-def launch(main: Callable, *arguments: object) -> None:
-    """Runs main(*arguments) in one process per visible GPU; as it is under torchrun, with one GPU or none."""
+def launch(main: Callable, config: object) -> None:
+    """Runs main(config) in one process per visible GPU; under torchrun, or with at most one GPU, in this process."""
     count = torch.cuda.device_count()
     if "RANK" in os.environ or count < 2:
-        return main(*arguments)
-    spawn(count, main, *arguments)
+        _run_and_report(main, config)
+    else:
+        spawn(count, _run_and_report, main, config)
+
+
+def _run_and_report(main: Callable, config: object) -> None:
+    """Runs main(config); an error that the user can mend ends the process with one line instead of a traceback."""
+    try:
+        code = main(config)
+    except ValueError as error:
+        if getattr(config, "traceback", False):
+            raise
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        if not several or _first_to_report():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if several:  # a clean exit would leave the process group, and wait for ranks that wait for this one
+            os._exit(USER_ERROR)
+        sys.exit(USER_ERROR)
+    if code and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun would show a failure and its traceback
+        sys.exit(code)
+
+
+def _first_to_report() -> bool:
+    """Whether no other rank has reported an error yet: most errors are raised by all ranks at once."""
+    try:
+        return dist.distributed_c10d._get_default_store().add("reported errors", 1) == 1
+    except RuntimeError:  # the process that keeps the store is gone
+        return True
 
 
 def spawn(count: int, main: Callable, *arguments: object) -> None:
-    """Runs main(*arguments) in that many processes of this machine; an error in one ends them all and is raised."""
+    """Runs main(*arguments) in `count` processes of this machine; an error in one ends all of them."""
     workers = mp.spawn(_worker, (count, free_port(), main, arguments), nprocs=count, join=False)
-    # Ctrl-C reaches every process of the terminal by itself, a scheduler's SIGTERM only this one.
+    # Ctrl-C reaches every process of the terminal by itself, but a scheduler's SIGTERM reaches only this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in workers.processes])
-    while not workers.join():  # one that ends with an error ends the others: SIGTERM, and SIGKILL 30 s later
-        pass
+    try:
+        while not workers.join():  # a process that fails ends the others: SIGTERM, then SIGKILL 30 s later
+            pass
+    except mp.ProcessExitedException as error:
+        if error.exit_code not in (USER_ERROR, STOPPED):
+            raise
+        sys.exit(error.exit_code)  # the process has said why
 
 
 def free_port() -> int:
@@ -84,7 +125,7 @@ def _worker(rank: int, count: int, port: int, main: Callable, arguments: tuple) 
 
 @contextmanager
 def process_group(*, bf16: bool, shard_within_node: bool = False) -> Iterator[World]:
-    """This process's place among all; joins the group torchrun or `launch` describes and leaves it at the end.
+    """Joins the process group that torchrun or `launch` describes, yields this process's place, and leaves at the end.
 
     `shard_within_node` shards among the GPUs of a node and replicates across nodes (HSDP): less traffic between nodes
     for more memory. A single process gets a group of its own where bf16 computes, since FSDP2 does the casting.
@@ -96,7 +137,7 @@ def process_group(*, bf16: bool, shard_within_node: bool = False) -> Iterator[Wo
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        # The longest wait is for one rank to write its part of a checkpoint to a slow disk.
+        # The longest wait is for one rank that writes its part of a checkpoint to a slow disk.
         dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=device if cuda else None)
     elif bf16:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -114,12 +155,27 @@ def process_group(*, bf16: bool, shard_within_node: bool = False) -> Iterator[Wo
     dist.destroy_process_group()
 
 
-def all_sum(values: dict[str, float], world: World, *, largest: bool = False) -> dict[str, float]:
-    """The values added over ranks, or the largest of each."""
+def compute_dtype(name: str) -> torch.dtype:
+    """bf16 or fp32 for "auto", "bf16" or "fp32"."""
+    bf16 = torch.cuda.is_available() if name == "auto" else name == "bf16"
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def all_sum(values: dict[str, float], world: World) -> dict[str, float]:
+    """Each value added over the ranks."""
+    return _reduce(values, world, dist.ReduceOp.SUM)
+
+
+def all_max(values: dict[str, float], world: World) -> dict[str, float]:
+    """The largest of each value over the ranks."""
+    return _reduce(values, world, dist.ReduceOp.MAX)
+
+
+def _reduce(values: dict[str, float], world: World, operation: dist.ReduceOp) -> dict[str, float]:
     if world.size == 1:
         return values
     tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=world.device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    dist.all_reduce(tensor, operation)
     return dict(zip(values, tensor.tolist(), strict=True))
 
 
@@ -142,10 +198,10 @@ def barrier(world: World) -> None:
 
 
 def shard_model(model: nn.Module, world: World, *, compute_dtype: torch.dtype, trained: bool = True) -> nn.Module:
-    """The model on its device, sharded over the mesh, computing in compute_dtype; `trained=False` for a reference.
+    """The model on its device, sharded over the mesh and computing in compute_dtype; `trained=False` for a reference.
 
-    Ranks after the first may bring a model without weights (meta tensors); they receive their shards from the first,
-    a tensor at a time, so that one rank alone reads the checkpoint and holds it whole.
+    Only rank 0 needs to load the weights. The others may start empty (meta tensors); they receive their shards from
+    rank 0 a tensor at a time, so one process alone reads the checkpoint and holds it whole.
     """
     if world.mesh is None:
         return model.to(world.device)
@@ -153,32 +209,31 @@ def shard_model(model: nn.Module, world: World, *, compute_dtype: torch.dtype, t
     received = all_sum({"empty": float(empty)}, world)["empty"] > 0
     whole = dict(model.state_dict()) if received and not empty else {}
     dtypes = {"param_dtype": compute_dtype, "reduce_dtype": torch.float32}
-    # The root casts the pixels. A block's inputs are cast already, but for the vision tower's fp32 rotary angles.
+    # The root casts the pixels. A block's inputs are already cast, except the vision tower's fp32 rotary angles.
     block_policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
     blocks = model.get_submodule(family_of(model.config.model_type).vision_blocks)
-    layers, alone = model.get_submodule(DECODER_LAYERS), world.mesh["shard"].size() == 1
-    # A process that holds all of the model needs FSDP only to cast: what is frozen and cast already would be copied.
+    layers, alone = model.get_submodule(DECODER_LAYERS), world.num_shards == 1
+    # A process that holds the whole model needs FSDP only to cast; frozen weights in the right dtype would be copied.
     still = {p for p in model.parameters() if alone and p.dtype == compute_dtype and not p.requires_grad}
     for block in [*layers, *blocks]:
         fully_shard(block, mesh=world.mesh, mp_policy=block_policy, ignored_params=still)
-    # The root holds the embeddings and the head, tied or not, and all between the blocks. It stays gathered from its
-    # forward to its backward; a reference has no backward to free it again.
+    # The root holds the embeddings, the head and everything between the blocks. It stays gathered from its forward to
+    # its backward; a reference has no backward that would free it again.
     root_policy = MixedPrecisionPolicy(**dtypes)
     fully_shard(model, mesh=world.mesh, mp_policy=root_policy, reshard_after_forward=not trained, ignored_params=still)
     if not any(parameter.requires_grad for parameter in blocks.parameters()):
-        # The backward of a layer gathers the block that ran before it, which here is a frozen one without a backward.
+        # The backward of a layer prefetches the block that ran before it; a frozen block has no backward to free it.
         layers[0].set_modules_to_backward_prefetch([model])
-    for function in (row_logprobs, next_logits, image_features):
-        setattr(model, function.__name__, MethodType(function, model))
-        register_fsdp_forward_method(model, function.__name__)
-    model = model.to_empty(device=world.device) if empty else model.to(world.device)  # buffers: FSDP leaves them
+    model.run_as_forward = MethodType(run_as_forward, model)
+    register_fsdp_forward_method(model, "run_as_forward")
+    model = model.to_empty(device=world.device) if empty else model.to(world.device)  # buffers, which FSDP leaves alone
     if received:
         _receive(model, whole, world)
     return model
 
 
 def _receive(model: nn.Module, whole: dict[str, Tensor], world: World) -> None:
-    """Fills the shards of all ranks from the first rank's `whole`, and what a model built from a config lacks."""
+    """Fills the shards of all ranks from rank 0's `whole`, and what a model built from a config lacks."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)  # a tied head is absent
     set_model_state_dict(model, whole, options=options)
     for buffer in model.buffers():  # rotary frequencies are in no state dict
@@ -186,41 +241,58 @@ def _receive(model: nn.Module, whole: dict[str, Tensor], world: World) -> None:
     model.generation_config = all_gather([model.generation_config], world)[0]
 
 
-@contextmanager
-def drawing(model: nn.Module, world: World) -> Iterator[None]:
-    """Within, ranks may draw different numbers of tokens, from a whole copy each or from sharded layers."""
-    with in_step(model, world) if world.draw_sharded else gathered(model):
-        yield
+def gradient_scale(world: World) -> float:
+    """The factor of a rank's part of the loss: FSDP averages gradients over ranks, but our losses add up."""
+    return float(world.size)
+
+
+# ---- drawing from a sharded model ----------------------------------------------------------------------------------
 
 
 @contextmanager
-def in_step(model: nn.Module, world: World) -> Iterator[None]:
-    """Within, decoder layers are gathered as they run, and a rank runs a forward whenever another does.
+def drawing(model: nn.Module, world: World) -> Iterator[Callable | None]:
+    """Lets ranks draw different numbers of tokens; yields the `forward` that sample_completions is to use.
 
-    For a model whose whole copy does not fit: every token costs gathering all layers. Tower, embeddings and head stay
-    whole, so all forwards gather the same, whatever is in them; a rank that is done runs on a token of no use.
+    Every rank holds a full copy while it draws, so the forward is the model's own (None). If a full copy does not fit,
+    the layers stay sharded and the ranks run their forwards together.
     """
-    layers, forward = set(model.get_submodule(DECODER_LAYERS)), model.next_logits
-    row = pack_row(model, [{"input_ids": torch.zeros(1, 1, dtype=torch.long)}], [[]])
-    useless = {**row.inputs, **row_attention(model, row.layout)}
+    if not world.draw_sharded:
+        with gathered(model):
+            yield None
+        return
+    with gathered(model, without=set(model.get_submodule(DECODER_LAYERS))):
+        forward = LockstepForward(model, world)
+        yield forward
+        forward.finish()
 
-    def forward_with_all(inputs: dict, last: Tensor) -> Tensor:
-        all_sum({"drawing": 1.0}, world)
-        return forward(inputs, last)
 
-    with gathered(model, without=layers), torch.no_grad():
-        model.next_logits = forward_with_all
-        try:
-            yield
-        finally:
-            model.next_logits = forward
-        while all_sum({"drawing": 0.0}, world)["drawing"]:
-            forward(useless, torch.zeros(1, dtype=torch.long, device=world.device))
+class LockstepForward:
+    """Logits of the next tokens from sharded layers, each gathered as it runs; a rank runs whenever another does.
+
+    It is slow: every token gathers all layers. The tower, the embeddings and the head stay whole, so every forward
+    gathers the same, whatever its inputs; a rank that has finished runs on a token of no use.
+    """
+
+    def __init__(self, model: nn.Module, world: World):
+        self.model, self.world = model, world
+        row = pack_row(model, [{"input_ids": torch.zeros(1, 1, dtype=torch.long)}], [[]])
+        self.useless = {**row.inputs, **row_attention(model, row.layout)}
+
+    def __call__(self, inputs: dict, last: Tensor) -> Tensor:
+        all_sum({"drawing": 1.0}, self.world)
+        return root_forward(self.model, next_logits, inputs, last)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Runs along until every rank has finished."""
+        first = torch.zeros(1, dtype=torch.long, device=self.world.device)
+        while all_sum({"drawing": 0.0}, self.world)["drawing"]:
+            root_forward(self.model, next_logits, self.useless, first)
 
 
 @contextmanager
 def gathered(model: nn.Module, without: Container[nn.Module] = ()) -> Iterator[None]:
-    """Within, every rank holds the whole model in its compute dtype: no collectives, so ranks may differ in length."""
+    """Holds the whole model on every rank in its compute dtype: no collectives, so ranks may differ in length."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule) and module not in without]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
@@ -231,31 +303,3 @@ def gathered(model: nn.Module, without: Container[nn.Module] = ()) -> Iterator[N
         for module in modules:
             module.set_reshard_after_forward(module is not model, recurse=False)
             module.reshard()
-
-
-def gradient_scale(world: World) -> float:
-    """What a rank's part of the loss is multiplied by: FSDP averages gradients over ranks, our losses add up."""
-    return float(world.size)
-
-
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
-    """Scales all gradients down to max_norm together; returns the norm before.
-
-    A parameter that no row reached (the vision tower in a step of texts) gets a gradient of zero: with none, AdamW
-    would leave it out, and what it learns would depend on which prompts share a row or a rank.
-    """
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-
-
-def apply_gradients(optimizers: list[torch.optim.Optimizer], norm: float) -> bool:
-    """Steps and clears the gradients; False, and no step, where their norm is not finite (the same on every rank)."""
-    finite = math.isfinite(norm)
-    for optimizer in optimizers:
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return finite

@@ -1,265 +1,271 @@
-"""What train.py and sft.py share: models and what of them is trained, optimizers, how a run stops and tells its size.
-
-Nothing here knows rewards or losses.
-"""
+"""One object that holds what a training run is; train.py and sft.py spell out a step each and leave the rest to it."""
 
 import math
-import random
-import signal
+import os
+import sys
 import time
-from collections import Counter
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
+from metrics.summary import headline, summarize
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from data import Sample
-from infra.memory import memory_estimate, row_budget
-from infra.options import RunConfig, compute_dtype
-from infra.parallel import World, all_sum, shard_model
-from model.lora import add_adapters, choose_layers
-from model.vlm import (
-    build_prompt,
-    describe_processor,
-    is_within,
-    load_model,
-    projector_modules,
-    trainable,
-    vision_modules,
+from infra.checkpoint import Packaging
+from infra.config import RunConfig
+from infra.estimate import must_draw_sharded, peak_memory_gb
+from infra.evaluation import Protocol, answer_samples, handle_reward_errors
+from infra.keeper import CheckpointKeeper, model_fingerprint
+from infra.optim import (
+    apply_gradients,
+    clip_gradients,
+    learning_rate_factor,
+    make_optimizers,
+    seed_step,
+    set_learning_rate,
 )
+from infra.parallel import STOPPED, World, all_gather, all_sum, compute_dtype, drawing, process_group
+from infra.policy import load_policy, load_reference
+from infra.prompts import PromptFeed, load_run_samples
+from infra.rows import Row, pack_rows
+from infra.runlog import RunLog, append_rows, open_run, read_rows
+from infra.stop import StopSignal
+from model.vlm import Prompt, banned_token_ids, blank_prompt, check_special_tokens, eos_token_ids, trainable
+from rollout import see_images, tower_is_frozen
 
-ONE_KEYSTROKE = 0.5  # seconds within which a second Ctrl-C is the first one heard twice
-
-
-def load_policy(config: RunConfig, world: World) -> tuple[nn.Module, ProcessorMixin]:
-    """The model to train, sharded, and its processor: fp32 masters of what is trained, the rest as it computes."""
-    if config.prompts_per_step < world.size:
-        raise ValueError(
-            f"prompts_per_step {config.prompts_per_step} is below the {world.size} processes: each needs a prompt"
-        )
-    dtype = compute_dtype(config.dtype)
-    model, processor = load_model(
-        config.model,
-        dtype=dtype if config.lora_rank else torch.float32,
-        max_pixels=config.max_pixels,
-        min_pixels=config.min_pixels,
-        freeze_vision=config.freeze_vision,
-        gradient_checkpointing=config.gradient_checkpointing,
-        trust_remote_code=config.trust_remote_code,
-        empty=config.dry_run or not world.first,
-    )
-    if world.first:
-        tqdm.write(describe_processor(processor, config.box_space))
-    choose_trained(model, config)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
-    if config.dry_run:  # sizes are all it tells, and a config has them: no weights are loaded
-        return model, processor
-    return shard_model(model, world, compute_dtype=dtype), processor
+RECENT = 25  # steps that warnings look back on
 
 
-def choose_trained(model: nn.Module, config: RunConfig) -> None:
-    """Puts adapters on the model and freezes all else where LoRA is on; frees the projector where that is asked for."""
-    if config.lora_rank:
-        layers = choose_layers(model, config.lora_targets)
-        vision, projector = vision_modules(model), projector_modules(model)
-        if config.freeze_vision and (seen := [name for name in layers if is_within(name, vision)]):
-            raise ValueError(f"lora_targets mean {seen[0]}, which freeze_vision freezes: leave one of the two out")
-        if config.train_projector and (seen := [name for name in layers if is_within(name, projector)]):
-            raise ValueError(f"lora_targets mean {seen[0]}, all of which train_projector trains: leave one out")
-        model.requires_grad_(False)
-        add_adapters(
-            model,
-            layers,
-            rank=config.lora_rank,
-            alpha=config.lora_alpha or 2 * config.lora_rank,
-            dropout=config.lora_dropout,
-            seed=config.seed,
-        )
-    if config.train_projector:
-        for name in projector_modules(model):
-            model.get_submodule(name).requires_grad_(True)
+@dataclass
+class Run:
+    """A training run: the model and everything around it."""
+
+    config: RunConfig
+    world: World
+    out: Path
+    policy: nn.Module
+    processor: ProcessorMixin
+    reference: nn.Module | None  # the model that the KL penalty measures from, if that is a second model
+    optimizers: list[torch.optim.Optimizer]
+    feed: PromptFeed
+    eval_sets: dict[str, list[Sample]]
+    keeper: CheckpointKeeper
+    log: RunLog
+    stop: StopSignal
+    num_steps: int
+    step: int  # the step in progress, counted from 0; so also how many are done
+    eos_ids: list[int]
+    banned_ids: list[int]
+    blank: Prompt  # a small image that a rank adds to a row when it has none
+    generator: torch.Generator | None = None  # draws the completions of the step in progress
+    figures: dict[str, float] = field(default_factory=dict)  # what the step in progress has measured so far
+    recent: deque = field(default_factory=lambda: deque(maxlen=RECENT))  # the figures of the last steps
+    warned: set[str] = field(default_factory=set)  # causes that the user has been warned about
+    stopped: bool = False
+
+    # ---- the loop ----
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do, each seeded and with its learning rate set; ends early if the run is told to stop."""
+        config, start = self.config, self.step
+        if start >= self.num_steps:
+            self.log.say(f"{self.out} has done its {self.num_steps} steps: give more --steps to continue it")
+            return
+        if start == 0 and config.eval_every:
+            self.keeper.best = self.evaluate()
+        bar = tqdm(range(start, self.num_steps), initial=start, total=self.num_steps, disable=not self.world.first)
+        for step in bar:
+            factor = learning_rate_factor(step, self.num_steps, config.warmup_steps, config.schedule)
+            self.figures = {"learning_rate": set_learning_rate(self.optimizers, factor), "skipped_updates": 0.0}
+            self.generator = seed_step(config.seed, step, self.world)
+            yield step
+            if self.stopped:
+                break
+        self._say_goodbye()
+
+    def prompts(self) -> list[Prompt]:
+        """The prompts of the step in progress, this rank's share."""
+        return self.feed.take(self.step, last=self.step + 1 == self.num_steps)
+
+    def pack(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]], chosen: Sequence[int]
+    ) -> list[Row]:
+        """The groups of the chosen prompts in packed rows, as many on every rank."""
+        return pack_rows(prompts, completions, chosen, self.config.row_tokens, self.blank, self.world)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Measures seconds_<name> of a block, the device's work included."""
+        start = self._clock()
+        yield
+        self.figures[f"seconds_{name}"] = self._clock() - start
+
+    def _clock(self) -> float:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def update(self, loss: float) -> float:
+        """Takes an optimizer step, unless the loss or the gradient is not finite; returns the gradient's norm."""
+        norm = clip_gradients([parameter for _, parameter in trainable(self.policy)], self.config.max_grad_norm)
+        finite = math.isfinite(norm) and math.isfinite(all_sum({"loss": loss}, self.world)["loss"])
+        apply_gradients(self.optimizers, finite=finite)
+        self.figures["skipped_updates"] += float(not finite)
+        return norm
+
+    def end_step(self, figures: dict[str, float], prompts: Sequence[Prompt], group: dict | None = None) -> None:
+        """Logs the step, then evaluates and saves if due; `group` is a line for completions.jsonl."""
+        self.figures = {**figures, **self.figures, "memory_gb": peak_memory_gb(self.world.device)}
+        self.figures |= self.feed.figures()
+        self.step += 1
+        self.recent.append(self.figures)
+        self.log.metrics(self.step, self.figures)
+        if group:
+            self.log.write("completions.jsonl", self.step, group)
+        self._check_bad_steps(prompts)
+        last = self.step == self.num_steps
+        self.stopped = not last and self.stop.agreed(self.world)
+        due = self.config.eval_every and (self.step % self.config.eval_every == 0 or last)
+        score = self.evaluate() if due else None
+        self.keeper.after_step(self.step, score, last=last or self.stopped)
+
+    # ---- what a step may lead to ----
+
+    def evaluate(self) -> float | None:
+        """Evaluates the policy on each set and logs the figures; returns the headline figure of the first set."""
+        score, config = None, self.config
+        for name, samples in self.eval_sets.items():
+            file = config.files[samples[0].file]
+            protocol = Protocol(
+                template=file.template,
+                measure=file.measure,
+                max_completion_tokens=config.max_completion_tokens,
+                batch_size=config.eval_batch_size,
+                box_space=config.box_space,
+                reward_seconds=getattr(config, "reward_seconds", 0.0),
+                seed=config.seed,
+            )
+            rows = answer_samples(self.policy, self.processor, samples, self.world, protocol)
+            handle_reward_errors(rows, getattr(config, "on_reward_error", "stop"), self.world)
+            summary = summarize(rows)
+            score = summary[headline(summary)] if score is None else score
+            self.log.write("eval.jsonl", self.step, {f"eval/{name}/{key}": value for key, value in summary.items()})
+            figures = "  ".join(f"{key} {value:.4g}" for key, value in summary.items())
+            self.log.say(f"step {self.step}, {name}: {figures}")
+        return score
+
+    def warn_once(self, warnings: dict[str, str]) -> None:
+        """Prints each warning whose cause is new; from the third step on, since one or two steps prove little."""
+        for cause, text in warnings.items():
+            if len(self.recent) >= 3 and cause not in self.warned:
+                self.warned.add(cause)
+                self.log.say(f"warning: step {self.step}: {text}")
+
+    def _check_bad_steps(self, prompts: Sequence[Prompt]) -> None:
+        """Writes a step without a finite update to bad_steps.jsonl, and stops the run after too many in a row."""
+        if not self.figures["skipped_updates"]:
+            return
+        path = self.out / "bad_steps.jsonl"
+        samples = all_gather([prompt.sample.id for prompt in prompts], self.world)
+        row = {name: self.figures[name] for name in ("loss", "grad_norm", "skipped_updates")}
+        if self.world.first:
+            tqdm.write(f"warning: step {self.step} has a loss or gradient that is not finite: no update, see {path}")
+            append_rows(path, [{"step": self.step, **row, "samples": samples}])
+        bad = {row["step"] for row in read_rows(path)} | {self.step}  # the others may read before rank 0 has written
+        limit = self.config.max_bad_steps
+        if all(step in bad for step in range(self.step - limit + 1, self.step + 1)):
+            raise ValueError(
+                f"{limit} steps in a row, the last of them {self.step}, without a finite loss and gradient: {path} "
+                f"names their samples. The weights are unchanged; the last good checkpoint is {self.keeper.newest()}. "
+                "Look at the samples, lower --learning_rate, or allow more with --max_bad_steps"
+            )
+
+    def _say_goodbye(self) -> None:
+        best, score = self.keeper.best_step, self.keeper.best
+        if best is not None:
+            self.log.say(f"best: step {best}, score {score:.4f}: {self.out / 'best'}")
+        elif score is not None:
+            self.log.say(f"no checkpoint beats the model that the run began with, which scores {score:.4f}")
+        self.log.say(f"checkpoints: {self.keeper.directory}")
+        if self.stopped:
+            self.log.say(f"stopped after step {self.step} of {self.num_steps}; to continue: {resume_command(self.out)}")
+
+    @property
+    def exit_code(self) -> int:
+        """0 for a run that is done, STOPPED for one that was told to stop and saved."""
+        return STOPPED if self.stopped else 0
 
 
-def load_reference(config: RunConfig, world: World) -> nn.Module:
-    """The frozen model that the KL penalty measures from: the one training started with, in the compute dtype."""
-    dtype = compute_dtype(config.dtype)
-    model, _ = load_model(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code, empty=not world.first)
-    return shard_model(model.requires_grad_(False), world, compute_dtype=dtype, trained=False)
-
-
-# ---- optimizer -----------------------------------------------------------------------------------------------------
-
-
-def make_optimizers(model: nn.Module, config: RunConfig) -> list[torch.optim.Optimizer]:
-    """AdamW over all trained parameters; or Muon over the matrices and AdamW, at a tenth of its rate, over the rest.
-
-    The vision tower's are groups of their own where it has its own learning rate.
-    """
-    head = model.get_output_embeddings().weight
-    embeddings = model.get_input_embeddings().weight
-    named, modules = trainable(model), vision_modules(model) if config.vision_learning_rate else []
-    vision = {id(p) for name, p in named if is_within(name, modules)}
-    if config.vision_learning_rate and not vision:
-        raise ValueError(
-            f"vision_learning_rate is {config.vision_learning_rate} where nothing of the vision tower is trained: "
-            "leave it out"
-        )
-
-    def groups(parameters: list[nn.Parameter], share: float = 1.0) -> list[dict]:
-        own = [p for p in parameters if id(p) in vision]
-        other = [p for p in parameters if id(p) not in vision]
-        rates = [(other, config.learning_rate), (own, config.vision_learning_rate)]
-        return [{"params": part, "lr": rate * share} for part, rate in rates if part]
-
-    parameters = [parameter for _, parameter in named]
-    adamw = {"weight_decay": config.weight_decay, "fused": parameters[0].is_cuda}
-    if config.optimizer == "adamw":
-        return [torch.optim.AdamW(groups(parameters), **adamw)]
-    matrices = [p for p in parameters if p.ndim == 2 and p is not head and p is not embeddings]
-    taken = {id(p) for p in matrices}
-    rest = [p for p in parameters if id(p) not in taken]
-    muon = torch.optim.Muon(groups(matrices), weight_decay=config.weight_decay)
-    return [muon, torch.optim.AdamW(groups(rest, 0.1), **adamw)] if rest else [muon]  # adapters are all matrices
-
-
-def learning_rate_factor(step: int, steps: int, warmup_steps: int, schedule: str) -> float:
-    """What the peak learning rate is multiplied by in a step counted from 0."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    factors = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": (1 + math.cos(math.pi * progress)) / 2,
-        "trapezoid": min(1.0, 4 * (1 - progress)),
-    }
-    return factors[schedule]
-
-
-def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> float:
-    """Scales every group's rate from the one it was made with; returns the first group's."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-    return optimizers[0].param_groups[0]["lr"]
-
-
-def seed_step(config: RunConfig, step: int, world: World) -> torch.Generator:
-    """Seeds all that is random in a step, rewards included; returns the generator that completions are drawn with.
-
-    A function of seed, step and rank: no random state to save, and no two ranks draw the same.
-    """
-    seed = (config.seed * 1_000_003 + step) * 65_537 + world.rank
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    return torch.Generator(world.device).manual_seed(seed)
+def resume_command(out: Path) -> str:
+    """The command line that continues the run, started as this process was."""
+    script = os.path.basename(sys.argv[0])
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} {script} --resume {out}"
+    return f"python {script} --resume {out}"
 
 
 def total_steps(config: RunConfig, num_samples: int) -> int:
     """--steps, or the steps that --epochs come to."""
     steps = config.steps or math.ceil(config.epochs * num_samples / config.prompts_per_step)
     if config.warmup_steps >= steps:
-        raise ValueError(f"warmup_steps {config.warmup_steps} leaves nothing of {steps} steps")
+        raise ValueError(f"warmup_steps {config.warmup_steps} leaves no step of {steps} after the warm-up")
     return steps
 
 
+def evaluation_settings(config: RunConfig) -> dict:
+    """What the run evaluates under; eval.py reads it back from evaluation.json in a checkpoint."""
+    names = ("template", "max_completion_tokens", "max_pixels", "min_pixels", "box_space", "eval_limit", "seed")
+    files = {name: {"template": file.template, "measure": file.measure} for name, file in config.evaluated.items()}
+    return {name: getattr(config, name) for name in names} | {"files": files}
+
+
 @contextmanager
-def timed(name: str, world: World) -> Iterator[dict[str, float]]:
-    """Yields a dict that holds {"seconds_<name>": ...} once the block, and the device with it, is done."""
-    result, start = {}, _clock(world)
-    yield result
-    result[f"seconds_{name}"] = _clock(world) - start
-
-
-def _clock(world: World) -> float:
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-class StopSignal:
-    """Set by Ctrl-C, SIGTERM or a time limit, so that the step in progress ends and is saved.
-
-    A second Ctrl-C stops at once. A second SIGTERM means no more than the first: schedulers send it to every process,
-    and `launch` passes it on.
-    """
-
-    def __init__(self, max_hours: float = 0.0, began: float = 0.0):
-        self.received = 0.0  # when
-        self.deadline = began + 3600 * max_hours if max_hours else math.inf
-        self.before, self.longest = time.monotonic(), 0.0  # the end of the step before, the longest step so far
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: object) -> None:
-        # A terminal and a launcher may both pass one Ctrl-C on.
-        if self.received and number == signal.SIGINT and time.monotonic() - self.received > ONE_KEYSTROKE:
-            raise KeyboardInterrupt
-        self.received = self.received or time.monotonic()
-
-    def agreed(self, world: World) -> bool:
-        """Whether any rank was told to stop or would end its next step too late; asked once a step, all hear the same.
-
-        Between two questions lie a step and, now and then, an evaluation and a save: the longest so far is reserved.
-        """
-        now = time.monotonic()
-        self.longest, self.before = max(self.longest, now - self.before), now
-        stop = self.received > 0 or now + self.longest > self.deadline
-        return all_sum({"stop": float(stop)}, world, largest=True)["stop"] > 0
-
-
-def describe_files(samples: Sequence[Sample], config: RunConfig, steps: int) -> list[str]:
-    """A line per data file: how much it gives, and what is asked of it."""
-    sizes = Counter(sample.file for sample in samples)
-    shares = config.file_shares or [sizes[number] for number in range(len(config.tasks))]
-    lines = []
-    for number, task in enumerate(config.tasks):
-        share = shares[number] / sum(shares)
-        passes = steps * config.prompts_per_step * share / sizes[number]
-        lines.append(
-            f"  {task.name}: {sizes[number]:,} samples, {share:.1%} of each step, {passes:,.2f} passes; "
-            f"template {task.template}, rewards {' '.join(task.rewards)}"
+def start_run(config: RunConfig) -> Iterator[Run]:
+    """Checks the data, loads the model, restores a checkpoint if the run is resumed; yields the run."""
+    began, dtype = time.monotonic(), compute_dtype(config.dtype)
+    with process_group(bf16=dtype == torch.bfloat16, shard_within_node=config.shard_within_node) as world:
+        out = open_run(config, world)
+        samples, eval_sets = load_run_samples(config, world)
+        num_steps = total_steps(config, len(samples))
+        policy, processor = load_policy(config, world)
+        check_special_tokens(processor, samples)
+        second = getattr(config, "needs_reference_model", False)
+        world = replace(world, draw_sharded=must_draw_sharded(config, policy, world, reference=second))
+        reference = load_reference(config, world) if second else None
+        optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
+        if tower_is_frozen(policy):
+            with drawing(policy, world):
+                blank = replace(blank, inputs=see_images(policy, blank))
+        pixels = (config.min_pixels, config.max_pixels)
+        packaging = Packaging(config.model, dtype, pixels, evaluation_settings(config))
+        origin = {"num_samples": len(samples), "model": model_fingerprint(config.model)}
+        keeper = CheckpointKeeper(out, policy, optimizers, config, world, packaging, origin)
+        step = keeper.resume() if config.resume else 0
+        log = RunLog(out, config, world, step)
+        run = Run(
+            config=config,
+            world=world,
+            out=out,
+            policy=policy,
+            processor=processor,
+            reference=reference,
+            optimizers=optimizers,
+            feed=PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl", step),
+            eval_sets=eval_sets,
+            keeper=keeper,
+            log=log,
+            stop=StopSignal(config.max_hours, began, says=world.first),
+            num_steps=num_steps,
+            step=step,
+            eos_ids=eos_token_ids(policy, processor),
+            banned_ids=banned_token_ids(policy, processor),
+            blank=blank,
         )
-    return lines
-
-
-def describe_run(
-    model: nn.Module,
-    processor: ProcessorMixin,
-    samples: Sequence[Sample],
-    config: RunConfig,
-    world: World,
-    steps: int,
-    *,
-    completions: int,
-    reference: bool,
-) -> str:
-    """What `--dry_run` prints: sizes, lengths of 64 prompts spread over the data, an estimate of memory."""
-    chosen = samples[:: max(1, len(samples) // 64)]
-    tasks = config.tasks
-    prompts = [
-        build_prompt(processor, sample, template=tasks[sample.file].template, box_space=config.box_space)
-        for sample in chosen
-    ]
-    lengths = sorted(prompt["input_ids"].shape[1] for prompt in prompts)
-    row_tokens = row_budget(config, model, world, reference=reference).tokens
-    memory = memory_estimate(model, world, config, reference=reference, row_tokens=row_tokens)
-    per_step = config.prompts_per_step
-    trained, total = sum(p.numel() for _, p in trainable(model)), sum(p.numel() for p in model.parameters())
-    lines = [
-        f"{len(samples):,} samples; {per_step} prompts and {per_step * completions} completions a step; "
-        f"{len(samples) / per_step:,.1f} steps an epoch; {steps:,} steps",
-        *(describe_files(samples, config, steps) if len(tasks) > 1 else []),
-        f"prompt tokens, images included, of {len(lengths)} samples: median {lengths[len(lengths) // 2]:,}, "
-        f"longest {lengths[-1]:,}",
-        f"{trained:,} of {total:,} parameters trained, {world.size} process(es)",
-        f"estimated memory per process with rows of {row_tokens:,} tokens: {sum(memory.values()):.2f} GB",
-        *(f"{size:10.2f} GB  {name}" for name, size in memory.items()),
-    ]
-    return "\n".join(lines)
+        run.recent.extend(read_rows(out / "metrics.jsonl"))
+        yield run

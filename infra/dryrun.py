@@ -1,0 +1,74 @@
+"""What `--dry_run` prints: the size of the run, the lengths of its prompts, the memory it needs."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from transformers import ProcessorMixin
+
+from data import Sample
+from infra.config import RunConfig
+from infra.estimate import memory_estimate
+from infra.parallel import compute_dtype, process_group
+from infra.policy import load_policy
+from infra.prompts import load_run_samples
+from infra.run import total_steps
+from model.vlm import build_prompt, check_special_tokens, trainable
+
+NUM_PROMPTS = 64  # prompts built to see their lengths, spread over the data
+
+
+def print_plan(config: RunConfig, *, completions: int) -> int:
+    """Prints what a run would do and need, without loading any weights; returns the exit code."""
+    bf16 = compute_dtype(config.dtype) == torch.bfloat16
+    with process_group(bf16=bf16, shard_within_node=config.shard_within_node) as world:
+        samples, _ = load_run_samples(config, world)
+        model, processor = load_policy(config, world)
+        check_special_tokens(processor, samples)
+        steps, per_step = total_steps(config, len(samples)), config.prompts_per_step
+        reference = getattr(config, "needs_reference_model", False)
+        memory = memory_estimate(model, world, config, reference=reference, row_tokens=config.row_tokens)
+        trained, total = sum(p.numel() for _, p in trainable(model)), sum(p.numel() for p in model.parameters())
+        lines = [
+            f"{len(samples):,} samples; {per_step} prompts and {per_step * completions} completions a step; "
+            f"{len(samples) / per_step:,.1f} steps an epoch; {steps:,} steps",
+            *describe_files(samples, config, steps),
+            describe_lengths(samples, processor, config),
+            f"{trained:,} of {total:,} parameters trained, {world.size} process(es)",
+            f"estimated memory per process with rows of {config.row_tokens:,} tokens: {sum(memory.values()):.2f} GB",
+            *(f"{size:10.2f} GB  {name}" for name, size in memory.items()),
+        ]
+        if world.first:
+            print("\n".join(lines))
+    return 0
+
+
+def describe_files(samples: Sequence[Sample], config: RunConfig, steps: int) -> list[str]:
+    """A line per data file of a mix: how much it gives, and what is asked of it."""
+    if len(config.files) == 1:
+        return []
+    sizes = Counter(sample.file for sample in samples)
+    shares = config.shares or [sizes[number] for number in range(len(config.files))]
+    lines = []
+    for number, file in enumerate(config.files):
+        share = shares[number] / sum(shares)
+        passes = steps * config.prompts_per_step * share / sizes[number]
+        lines.append(
+            f"  {file.name}: {sizes[number]:,} samples, {share:.1%} of each step, {passes:,.2f} passes; "
+            f"template {file.template}, rewards {' '.join(file.rewards)}"
+        )
+    return lines
+
+
+def describe_lengths(samples: Sequence[Sample], processor: ProcessorMixin, config: RunConfig) -> str:
+    """The lengths of prompts spread over the data, images included."""
+    chosen = samples[:: max(1, len(samples) // NUM_PROMPTS)]
+    prompts = [
+        build_prompt(processor, sample, template=config.files[sample.file].template, box_space=config.box_space)
+        for sample in chosen
+    ]
+    lengths = sorted(prompt["input_ids"].shape[1] for prompt in prompts)
+    return (
+        f"prompt tokens, images included, of {len(lengths)} samples: median {lengths[len(lengths) // 2]:,}, "
+        f"longest {lengths[-1]:,}"
+    )
