@@ -18,6 +18,8 @@ from infra.options import config_from_command_line
 if __name__ == "__main__":  # before torch is imported, so that --help and a mistyped option answer at once
     CONFIG = config_from_command_line(TrainConfig, sys.argv[1:], toy.PRESETS["train"])
 
+import re
+
 import torch
 from infra.plugins import RewardCall, run_rewards
 from torch import Tensor, nn
@@ -42,8 +44,11 @@ def main(config: TrainConfig) -> int:
     if config.dry_run:
         return print_plan(config, completions=config.group_size)
     with start_run(config) as run:
+        first = run.step
         for step in run.steps():
             rollout, figures = train_step(run)
+            if step == first:
+                run.log.show(step, "the first prompt as the model reads it, and a completion", example(run, rollout))
             logged = (step + 1) % config.log_completions_every == 0
             run.end_step(figures, rollout.prompts, group_record(run, rollout) if logged else None)
             run.warn_once(causes_for_concern(run.recent, config))
@@ -151,30 +156,33 @@ def pay(run: Run, prompts: list[Prompt], completions: list[list[Tensor]], draw_l
     """The rollout: its texts, the rewards that each completion earns by rule, and their weighted sums."""
     config, flat = run.config, [ids for group in completions for ids in group]
     texts = run.processor.tokenizer.batch_decode(flat, skip_special_tokens=True)
-    specs = [rewards_of(prompt, config) for prompt in prompts for _ in range(config.group_size)]  # of each completion
+    owners = [prompt for prompt in prompts for _ in range(config.group_size)]  # N: the prompt of each completion
     calls = [
-        reward_call(run, prompts[number // config.group_size], number, spec, text)
-        for number, text in enumerate(texts)
-        for spec in specs[number]
+        reward_call(run, owner, number, spec, text)
+        for number, (owner, text) in enumerate(zip(owners, texts, strict=True))
+        for spec in rewards_of(owner, config)
     ]
     stop = config.on_reward_error == "stop"
-    results = run_rewards(calls, seconds=config.reward_seconds, stop_at_first=stop)
-    errors = [
-        f"sample {call.sample['id']}: reward {call.spec} {reason}, for {call.completion[:200]!r}"
-        for call, (_, reason) in zip(calls, results, strict=True)
-        if reason
-    ]
+    results = iter(run_rewards(calls, seconds=config.reward_seconds, stop_at_first=stop))
+    paid, totals, errors = [], [], []
+    for owner, text in zip(owners, texts, strict=True):
+        specs = rewards_of(owner, config)
+        earned = [next(results) for _ in specs]  # (value, what went wrong)
+        values = [value for value, _ in earned]
+        paid.append(dict(zip(specs, values, strict=True)))
+        totals.append((torch.tensor(values) * torch.tensor(config.files[owner.sample.file].weights)).sum())
+        errors += [
+            f"sample {owner.sample.id}: reward {spec} {reason}, for {text[:200]!r}"
+            for spec, (_, reason) in zip(specs, earned, strict=True)
+            if reason
+        ]
     handle_reward_errors(run, errors)
-    values = iter([value for value, _ in results])
-    paid = [[next(values) for _ in names] for names in specs]
-    weights = [config.files[prompt.sample.file].weights for prompt in prompts for _ in range(config.group_size)]
-    totals = [(torch.tensor(row) * torch.tensor(weight)).sum() for row, weight in zip(paid, weights, strict=True)]
     return Rollout(
         prompts=prompts,
         completions=completions,
         draw_logprobs=draw_logprobs,
         texts=texts,
-        paid=[dict(zip(names, row, strict=True)) for names, row in zip(specs, paid, strict=True)],
+        paid=paid,
         totals=torch.stack(totals).to(run.world.device),
         num_reward_errors=len(errors),
     )
@@ -296,6 +304,16 @@ def drift_figures(run: Run, rollout: Rollout, rows: Sequence[Row], scores: Seque
         **all_max({"draw_gap_max": float(largest)}, run.world),
         "entropy": sums["entropy"] / count,
     }
+
+
+def example(run: Run, rollout: Rollout) -> str:
+    """The first prompt with its special tokens, its first completion, and what that earned: most faults show here."""
+    tokenizer = run.processor.tokenizer
+    text = tokenizer.decode(rollout.prompts[0]["input_ids"][0]) + tokenizer.decode(rollout.completions[0][0])
+    # An image is one token, repeated.
+    text = re.sub(r"(<[^<>]+>)\1{3,}", lambda match: f"{match[1]} x {len(match[0]) // len(match[1])} ", text)
+    rewards = "  ".join(f"{reward_key(spec)} {value:.3g}" for spec, value in rollout.paid[0].items())
+    return f"{text}\n{rewards}  advantage {rollout.advantages[0]:.3g}"
 
 
 def group_record(run: Run, rollout: Rollout) -> dict:

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 from data import template_text
 from infra.mix import DataFile, check_file, file_names, read_mix
+from infra.modelcheck import check_model
 from infra.options import check_bounds, option
 from rewards import load_reward
 
@@ -132,6 +133,8 @@ class RunConfig(
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.model:
+            check_model(self.model)
         self._check_data()
         self._check_training()
         self._check_lora()
@@ -355,6 +358,8 @@ class EvalConfig(AnswerOptions):
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.model and not (self.predictions or self.compare):
+            check_model(self.model)
         if self.task == "text":
             load_reward(self.reward)
         if self.compare and len(self.compare) != 2:

@@ -82,6 +82,11 @@ def causes_for_concern(recent: Sequence[dict], config: TrainConfig) -> dict[str,
             means = {name: statistics.fmean(figures[prefix + name] for figures in told) for name in names}
             for cause, text in _file_concerns(means, where, list(file.rewards), config).items():
                 warnings[prefix + cause] = text
+            if rise := _truncation_rises([figures[f"{prefix}truncated"] for figures in told]):
+                warnings[f"{prefix}truncated rises"] = (
+                    f"the share of completions{where} that are cut off at {config.max_completion_tokens} tokens rises, "
+                    f"{rise}: the rewards do not ask the model to end its answer; the format reward does"
+                )
     clamped = statistics.fmean(figures.get("clamped", 0.0) for figures in recent)
     if clamped > 0:
         warnings["clamped"] = (
@@ -102,7 +107,8 @@ def _file_concerns(means: dict[str, float], where: str, rewards: list[str], conf
     if means["truncated"] > 0.5:
         warnings["truncated"] = (
             f"{means['truncated']:.0%} of the completions{where} are cut off at {config.max_completion_tokens} tokens "
-            "and earn little: raise --max_completion_tokens, or ask for shorter answers"
+            "and earn little: raise --max_completion_tokens, ask for shorter answers, or choose a format reward that "
+            "pays only for an answer that ends"
         )
     if means["groups_equal"] > 0.9 and "unparsed" not in warnings and "truncated" not in warnings:
         warnings["groups_equal"] = (
@@ -111,3 +117,12 @@ def _file_concerns(means: dict[str, float], where: str, rewards: list[str], conf
             "hard, is the temperature too low? --dry_run draws the boxes"
         )
     return warnings
+
+
+def _truncation_rises(shares: Sequence[float]) -> str:
+    """The rise of the share of truncated completions in words; "" if it does not rise."""
+    half = len(shares) // 2
+    if half < 3:
+        return ""
+    early, late = statistics.fmean(shares[:half]), statistics.fmean(shares[-half:])
+    return f"from {early:.0%} to {late:.0%}" if late > early + 0.1 else ""

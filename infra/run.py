@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -218,6 +218,17 @@ def total_steps(config: RunConfig, num_samples: int) -> int:
     return steps
 
 
+def say_overrides(samples: Sequence[Sample], config: RunConfig) -> None:
+    """Says how many samples name their own accuracy reward, which replaces the one that the options name."""
+    methods = Counter(sample.reward for sample in samples if sample.reward)
+    if methods:
+        told = ", ".join(f"{method} ({count:,})" for method, count in methods.most_common())
+        tqdm.write(
+            f"{methods.total():,} of {len(samples):,} samples name their own accuracy reward: {told}. It replaces "
+            f"{config.files[0].rewards[0]}"
+        )
+
+
 def evaluation_settings(config: RunConfig) -> dict:
     """What the run evaluates under; eval.py reads it back from evaluation.json in a checkpoint."""
     names = ("template", "max_completion_tokens", "max_pixels", "min_pixels", "box_space", "eval_limit", "seed")
@@ -235,6 +246,8 @@ def start_run(config: RunConfig) -> Iterator[Run]:
         num_steps = total_steps(config, len(samples))
         policy, processor = load_policy(config, world)
         check_special_tokens(processor, samples)
+        if world.first:
+            say_overrides(samples, config)
         second = getattr(config, "needs_reference_model", False)
         world = replace(world, draw_sharded=must_draw_sharded(config, policy, world, reference=second))
         reference = load_reference(config, world) if second else None

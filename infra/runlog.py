@@ -49,7 +49,8 @@ class RunLog:
     """The files of a run, and tensorboard and wandb if asked for. Only rank 0 writes."""
 
     def __init__(self, out: Path, config: RunConfig, world: World, start_step: int):
-        self.out, self.first, self.boards = out, world.first, []
+        self.out, self.first = out, world.first
+        self.tensorboard = self.wandb = None
         self.waiting: dict[Path, list[dict]] = {}  # rows that a full disk did not take
         if self.first:
             self.say(f"writing to {out}")
@@ -66,23 +67,27 @@ class RunLog:
         barrier(world)  # other ranks read some of these files
 
     def _open_boards(self, config: RunConfig, start_step: int) -> None:
-        out = self.out
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             # purge_step is the first step that is repeated; an evaluation precedes the first step
-            board = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
-            self.boards.append(lambda step, figures: [board.add_scalar(k, v, step) for k, v in figures.items()])
+            purge_step = start_step + 1 if start_step else 0
+            self.tensorboard = SummaryWriter(str(self.out / "tensorboard"), purge_step=purge_step)
         if config.wandb:
             import wandb
 
-            wandb_run = wandb.init(project="nano-vlm-r1", name=out.name, config=asdict(config), dir=str(out))
-            self.boards.append(lambda step, figures: wandb_run.log(figures, step=step))
+            self.wandb = wandb.init(project="nano-vlm-r1", name=self.out.name, config=asdict(config), dir=str(self.out))
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
         if self.first:
             tqdm.write(text)
+
+    def show(self, step: int, title: str, text: str) -> None:
+        """Prints a text, and sends it to tensorboard if that is on."""
+        self.say(f"---- {title}\n{text}\n----")
+        if self.tensorboard:
+            self.tensorboard.add_text(title, text, step)
 
     def metrics(self, step: int, figures: dict[str, float]) -> None:
         """Prints a step's figures on a line and appends them to metrics.jsonl."""
@@ -100,8 +105,11 @@ class RunLog:
         if not append_rows(path, rows):
             self.waiting[path] = rows
         numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
-        for board in self.boards:
-            board(step, numbers)
+        if self.tensorboard:
+            for key, value in numbers.items():
+                self.tensorboard.add_scalar(key, value, step)
+        if self.wandb:
+            self.wandb.log(numbers, step=step)
 
 
 def append_rows(path: Path, rows: Sequence[dict]) -> bool:
@@ -123,7 +131,7 @@ def append_rows(path: Path, rows: Sequence[dict]) -> bool:
 
 
 def _strict(value: object) -> object:
-    """The same with null for NaN and infinity, which JSON does not have."""
+    """The same value with null for NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _strict(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -132,12 +140,12 @@ def _strict(value: object) -> object:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSON lines file of the run; none where there is no file."""
+    """The rows of a JSON lines file of the run; none if there is no file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keeps the lines up to that step; one that a killed process left without its end is dropped."""
+    """Keeps the lines up to that step, and drops a line that a killed process left unfinished."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         kept = [line + "\n" for line in lines if step and json.loads(line)["step"] <= step]
