@@ -1,6 +1,6 @@
-"""Checkpoints: written whole or not at all, read by any number of ranks, nothing in them unpickled.
+"""Checkpoints: written whole or not at all, readable by any number of ranks, never pickled.
 
-A checkpoint is a Hugging Face directory (the weights as they computed) plus the training state: per rank one
+A checkpoint is a Hugging Face directory (the weights in the compute dtype) plus the training state: for each rank a
 safetensors file with its rows of the fp32 masters and of the optimizer's moments, and one JSON. Any number of ranks can
 read it, because a shard is a range of rows.
 """
@@ -26,9 +26,9 @@ from model.lora import adapted_layers, save_adapter
 from model.vlm import counted_pixels, trainable
 
 SHARD_SIZE = "5GB"  # of a weights file, as on the hub; more weights are several files and an index
-# A safetensors file, but named otherwise: vLLM and SGLang take every *.safetensors of a directory for weights.
+# A safetensors file under another name: vLLM and SGLang load every *.safetensors of a directory as weights.
 STATE_FILE = "state-{:05d}.training"
-# What else a Hugging Face directory of a VLM may hold; copied as it is, so that other engines find what they expect.
+# The other files of a Hugging Face VLM directory; copied, so that other engines find what they expect.
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.model",
     "added_tokens.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
@@ -102,7 +102,7 @@ def save_checkpoint(
 
 @contextmanager
 def _all_or_none(world: World, partial: Path) -> Iterator[None]:
-    """Waits for all ranks at its end; where one could not write, the part is removed and all raise SaveFailed."""
+    """Waits for all ranks at its end; if one could not write, removes the partial directory and all raise SaveFailed."""
     reason = ""
     try:
         yield
@@ -112,7 +112,7 @@ def _all_or_none(world: World, partial: Path) -> Iterator[None]:
         return
     reasons = all_gather([reason] if reason else [], world)
     if world.first:
-        shutil.rmtree(partial, ignore_errors=True)  # what cannot be removed now is removed by the next save
+        shutil.rmtree(partial, ignore_errors=True)  # the next save removes what stays now
     raise SaveFailed("; ".join(reasons))
 
 
@@ -126,7 +126,7 @@ def _save_weights(directory: Path, model: nn.Module, weights: dict[str, Tensor],
 
 
 def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, unless one holds NaN or infinity: that must not take the place of a good checkpoint."""
+    """The tensors; raises if one holds NaN or infinity, which must not replace a good checkpoint."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds values that are not finite")
@@ -134,14 +134,14 @@ def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def remove_directory(directory: Path) -> None:
-    """Removes a checkpoint under another name: if that is interrupted, no half of it passes for a whole one."""
+    """Renames a checkpoint, then removes it: if that is interrupted, the rest does not pass for a whole one."""
     doomed = directory.with_name(f".{directory.name}.old.partial")
     directory.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def sync_file(path: Path) -> None:
-    """Waits until a file, or the names in a directory, are on the disk."""
+    """Waits until a file, or the list of names in a directory, is on the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -150,7 +150,7 @@ def sync_file(path: Path) -> None:
 
 
 def write_text_safely(path: Path, text: str) -> None:
-    """Writes a small file beside `path`, then renames: a process killed in between leaves the one before."""
+    """Writes a small file beside `path`, then renames it: a process killed in between leaves the old file."""
     fresh = path.with_name(f".{path.name}.partial")
     fresh.write_text(text, encoding="utf-8")
     sync_file(fresh)
@@ -169,13 +169,13 @@ def _finish_file(path: Path) -> None:
 
 
 def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Says in config.json what the weights were saved in; save_pretrained writes what the masters are."""
+    """Writes the dtype of the weights files into config.json; save_pretrained writes that of the masters."""
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
 
 
 def copy_side_files(source: str, directory: Path, pixels: tuple[int, int]) -> None:
-    """Copies tokenizer, processor and chat template files of a local or hub checkpoint, with these counted pixels."""
+    """Copies the tokenizer, processor and chat template files of a model, and sets the processor's pixel budget."""
     for name in SIDE_FILES:
         path = cached_file(
             source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
@@ -187,7 +187,7 @@ def copy_side_files(source: str, directory: Path, pixels: tuple[int, int]) -> No
             config = json.loads(path.read_text())
             images = config.get("image_processor", config)
             if "longest_edge" in images.get("size", {}) or "max_pixels" in images:
-                least, most = pixels  # inference then sees images as training did, not at the hub's 12.8 million pixels
+                least, most = pixels  # so that inference resizes images as training did
                 images |= {"size": {"shortest_edge": least, "longest_edge": most}}
                 images |= {key: value for key, value in (("min_pixels", least), ("max_pixels", most)) if key in images}
                 path.write_text(json.dumps(config, indent=2) + "\n")
@@ -196,7 +196,7 @@ def copy_side_files(source: str, directory: Path, pixels: tuple[int, int]) -> No
 def load_training_state(
     directory: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], world: World
 ) -> dict:
-    """Puts masters and moments of a checkpoint back in place, whatever number of ranks wrote it; returns its JSON."""
+    """Restores the masters and moments of a checkpoint, however many ranks wrote it; returns its JSON."""
     path = directory / "trainer.json"
     if not path.is_file():
         raise ValueError(f"{directory}: no training state (trainer.json); resume from a directory of OUT/checkpoints")
@@ -204,7 +204,9 @@ def load_training_state(
         state = json.loads(path.read_text())
         files = [_open_state(directory / STATE_FILE.format(shard)) for shard in range(state["num_shards"])]
     except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): remove {directory} to go on from the one before") from None
+        raise ValueError(
+            f"{path} is damaged ({error!r}): remove {directory} to resume from the checkpoint before it"
+        ) from None
     _check_fit(directory, files, model, optimizers)
     names = set(files[0].keys())
     with torch.no_grad():
@@ -221,12 +223,12 @@ def _open_state(path: Path):
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path} is missing or cut off ({error}): remove {path.parent} to go on from the one before"
+            f"{path} is missing or cut off ({error}): remove {path.parent} to resume from the checkpoint before it"
         ) from None
 
 
 def _check_fit(directory: Path, files: list, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Refuses, with the first names, a training state whose tensors are not those of what is trained here."""
+    """Refuses a training state whose tensors differ from what is trained here, and names the first differences."""
     saved = [{key: tuple(file.get_slice(key).get_shape()) for key in file.keys()} for file in files]
     expected, wrong = _expected_shapes(saved[0], model, optimizers), []
     for shard, shapes in enumerate(saved):
@@ -241,12 +243,12 @@ def _check_fit(directory: Path, files: list, model: nn.Module, optimizers: list[
     if wrong:
         raise ValueError(
             f"{directory} does not fit what is trained here, {len(wrong)} differences: {'; '.join(wrong[:3])}. Resume "
-            "with the model and the options of that run, or start a new one"
+            "with the model and the options of that run, or start a new run"
         )
 
 
 def _expected_shapes(saved: dict[str, tuple], model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict:
-    """Whole shapes of all that a training state must hold: an optimizer keeps the same moments for all of a group."""
+    """The full shape of every tensor of a training state; an optimizer keeps the same moments for a whole group."""
     names = {id(parameter): (name, tuple(parameter.shape)) for name, parameter in trainable(model)}
     expected = {f"master.{name}": shape for name, shape in names.values()}
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -268,7 +270,7 @@ def _restore_moment(
         return
     kind = key.removeprefix("moment.").split(":")[0]
     if not files[0].get_slice(key).get_shape():  # a count of steps, the same on every rank
-        device = parameter.device if group.get("fused") else "cpu"  # where AdamW itself keeps it
+        device = parameter.device if group.get("fused") else "cpu"  # as AdamW itself does
         optimizer.state[parameter][kind] = files[0].get_tensor(key).to(device)
         return
     moment = torch.zeros_like(parameter)
@@ -306,13 +308,13 @@ def _read_rows(files: list, key: str, parameter: nn.Parameter, world: World) -> 
 
 
 def _row_range(rows: int, shards: int, shard: int) -> tuple[int, int]:
-    """Rows of a shard as FSDP2 cuts them (torch.chunk): equal parts, rounded up, the last ones shorter or empty."""
+    """The rows of a shard as FSDP2 cuts them (torch.chunk): equal parts, rounded up, the last ones shorter or empty."""
     size = -(-rows // shards)
     return min(shard * size, rows), min((shard + 1) * size, rows)
 
 
 def _shard_index(world: World) -> int | None:
-    """The number of the state file this rank writes; with HSDP only the first replica writes."""
+    """The number of the state file that this rank writes; None with HSDP on all but the first replica."""
     if world.mesh is None:
         return 0
     if world.mesh.ndim == 2 and world.mesh["replicate"].get_local_rank() > 0:
