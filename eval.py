@@ -19,15 +19,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from metrics.summary import compare, summarize
 
 from data import check_samples, read_samples
 from infra.checkpoint import EVALUATION_FILE
-from infra.evaluation import Protocol, answer_samples, handle_reward_errors, score_answer
+from infra.evaluation import Protocol, answer_samples, handle_reward_errors, score_answers
 from infra.mix import DataFile, file_names, read_mix
 from infra.parallel import World, compute_dtype, launch, process_group, shard_model
 from infra.prompts import seeded_sample
 from metrics.detection import OVDEVAL_GROUPS, ovdeval_overall
+from metrics.summary import compare, summarize
 from model.vlm import describe_processor, load_any
 from rewards import reads_boxes
 
@@ -162,7 +162,7 @@ def score_again(config: EvalConfig) -> dict[str, list[dict]]:
     rescored = {}
     for name, rows in saved_rows(config.predictions).items():
         rows = [row | {"measure": measure or row.get("measure", "iou")} for row in rows]
-        rescored[name] = [row if "bad_sample" in row else row | score_answer(row) for row in rows]
+        rescored[name] = score_answers(rows)
     return rescored
 
 

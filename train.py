@@ -21,7 +21,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 import re
 
 import torch
-from infra.plugins import RewardCall, run_rewards
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -30,6 +29,7 @@ from grpo import group_advantages, grpo_loss
 from infra.dryrun import print_plan
 from infra.figures import causes_for_concern, group_figures, reward_key, step_figures
 from infra.parallel import all_gather, all_max, all_sum, drawing, gradient_scale, launch
+from infra.plugins import NOT_RUN, RewardCall, run_rewards
 from infra.rows import Row
 from infra.run import Run, start_run
 from model.lora import adapters_off
@@ -174,7 +174,7 @@ def pay(run: Run, prompts: list[Prompt], completions: list[list[Tensor]], draw_l
         errors += [
             f"sample {owner.sample.id}: reward {spec} {reason}, for {text[:200]!r}"
             for spec, (_, reason) in zip(specs, earned, strict=True)
-            if reason
+            if reason and reason != NOT_RUN
         ]
     handle_reward_errors(run, errors)
     return Rollout(

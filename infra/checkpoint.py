@@ -102,7 +102,7 @@ def save_checkpoint(
 
 @contextmanager
 def _all_or_none(world: World, partial: Path) -> Iterator[None]:
-    """Waits for all ranks at its end; if one could not write, removes the partial directory and all raise SaveFailed."""
+    """Waits for all ranks at its end; if one could not write, the partial directory goes and all raise SaveFailed."""
     reason = ""
     try:
         yield

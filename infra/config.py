@@ -14,7 +14,7 @@ from data import template_text
 from infra.mix import DataFile, check_file, file_names, read_mix
 from infra.modelcheck import check_model
 from infra.options import check_bounds, option
-from rewards import load_reward
+from infra.plugins import check_plugin
 
 MAX_PIXELS = 1_003_520  # 1,280 image tokens of 28 x 28; the hub's configs say 12.8 million, 16,384 tokens an image
 BOX_SPACE = "space of the model's boxes: pixels of the resized image, or 0..1000; by default the family's own"
@@ -361,7 +361,7 @@ class EvalConfig(AnswerOptions):
         if self.model and not (self.predictions or self.compare):
             check_model(self.model)
         if self.task == "text":
-            load_reward(self.reward)
+            check_plugin(self.reward)
         if self.compare and len(self.compare) != 2:
             raise ValueError(f"compare names {len(self.compare)} files: two are compared")
         if not (self.data or self.mix or self.predictions or self.compare):

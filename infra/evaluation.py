@@ -67,8 +67,7 @@ def answer_samples(
                 ended = int(ids[-1]) in eos
                 row = {"index": number, **_row(prompt, protocol), "completion": text, "truncated": not ended}
                 rows.append(row | {"family": model.config.model_type})
-    options = {"reward_seconds": protocol.reward_seconds, "seed": protocol.seed}
-    scored = [row if "bad_sample" in row else row | score_answer(row, **options) for row in rows]
+    scored = score_answers(rows, reward_seconds=protocol.reward_seconds, seed=protocol.seed)
     return sorted(all_gather(scored, world), key=lambda row: row["index"])
 
 
@@ -91,12 +90,36 @@ def _row(prompt: Prompt, protocol: Protocol) -> dict:
     }
 
 
-def score_answer(row: dict, *, reward_seconds: float = 0.0, seed: int = 0) -> dict:
-    """The score of an answer under the measure that its row names, with boxes in pixels of the original image.
+SCORES = ("box", "iou", "predicted", "true", "unread", "reward", "reward_error")  # the keys of a score
+
+
+def score_answers(rows: Sequence[dict], *, reward_seconds: float = 0.0, seed: int = 0) -> list[dict]:
+    """The rows, each with the score of its answer under the measure that it names; a score it had is dropped."""
+    rows = [{key: value for key, value in row.items() if key not in SCORES} for row in rows]
+    calls = {}  # of the rows that a reward scores, run together: plugins run side by side
+    for number, row in enumerate(rows):
+        if "bad_sample" in row:
+            continue
+        if score := score_boxes(row):
+            row.update(score)
+        else:
+            fields = {name: row[name] for name in ("id", "question", "images")}
+            spec = row["method"] or row["measure"]
+            calls[number] = RewardCall(spec, row["completion"], row["truth"], fields, seed * 1_000_003 + row["index"])
+    results = run_rewards(list(calls.values()), seconds=reward_seconds, stop_at_first=False)
+    for (number, call), (value, reason) in zip(calls.items(), results, strict=True):
+        rows[number]["reward"] = value
+        if reason:
+            rows[number]["reward_error"] = f"reward {call.spec} {reason}"
+    return rows
+
+
+def score_boxes(row: dict) -> dict | None:
+    """The score of an answer in boxes, which are in pixels of the original image; None for another kind of answer.
 
     The overlap is taken in the model's space: the two axes are scaled there, but the overlap is the same.
     """
-    text, measure = row["completion"], row["method"] or row["measure"]
+    text = row["completion"]
     if row["measure"] == "detection":
         predicted, true = parse_boxes(text), parse_boxes(row["truth"])
         return {
@@ -105,15 +128,12 @@ def score_answer(row: dict, *, reward_seconds: float = 0.0, seed: int = 0) -> di
             "unread": predicted is None,
         }
     boxes = answer_boxes(row["truth"]) if row["has_boxes"] else None
-    if measure in ("iou", "giou") and boxes and len(boxes) == 1:
-        # A base model is not asked for tags, so its box may stand anywhere; if the prompt asks for tags, it may not.
-        untagged = "<answer>" not in template_text(row["template"]) + text
-        box = first_box(text, anywhere=untagged)
-        return {"box": _in_image(box, row), "iou": iou(box, boxes[0]) if box else 0.0}
-    fields = {name: row[name] for name in ("id", "question", "images")}
-    call = RewardCall(measure, text, row["truth"], fields, seed=seed * 1_000_003 + row["index"])
-    [(value, reason)] = run_rewards([call], seconds=reward_seconds, stop_at_first=True)
-    return {"reward": value} | ({"reward_error": f"reward {measure} {reason}"} if reason else {})
+    if (row["method"] or row["measure"]) not in ("iou", "giou") or not boxes or len(boxes) > 1:
+        return None
+    # A base model is not asked for tags, so its box may stand anywhere; if the prompt asks for tags, it may not.
+    untagged = "<answer>" not in template_text(row["template"]) + text
+    box = first_box(text, anywhere=untagged)
+    return {"box": _in_image(box, row), "iou": iou(box, boxes[0]) if box else 0.0}
 
 
 def _in_image(box: list[float] | None, row: dict) -> list[float] | None:

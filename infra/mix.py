@@ -18,7 +18,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from data import template_text
-from rewards import load_reward, reads_boxes
+from infra.plugins import check_plugin
+from rewards import reads_boxes
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def check_file(file: DataFile, source: str) -> None:
     if not file.rewards:
         raise ValueError(f"{source}: rewards are empty: name at least one")
     for spec in file.rewards:
-        load_reward(spec)
+        check_plugin(spec)
     if len(set(file.rewards)) < len(file.rewards):
         raise ValueError(f"{source}: rewards {' '.join(file.rewards)} name one twice: give it a weight instead")
     if len(file.weights) != len(file.rewards):

@@ -6,7 +6,7 @@ on several threads in no fixed order, so they must not use the global random sta
 
 Built-in rewards stay on the calling thread, since math_verify works on the main thread alone.
 
-Left out: a way out of a call into C that never returns and keeps the interpreter's lock. It stops the whole process.
+Left out: a rescue from a call into C that never returns and holds the interpreter's lock; it stops the whole process.
 """
 
 import functools
@@ -17,7 +17,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rewards import REWARDS, load_reward
@@ -41,7 +41,7 @@ def check_plugin(spec: str) -> None:
     """Raises a ValueError if there is no such reward or its parameters do not fit."""
     function = load_reward(spec)
     try:
-        inspect.signature(function).bind("", "", **dict.fromkeys(extras(spec)))
+        inspect.signature(function).bind("", "", **dict.fromkeys(_extras(spec)))
     except TypeError as error:
         raise ValueError(
             f"reward {spec!r} has the parameters {inspect.signature(function)} and cannot be called: {error}; "
@@ -50,7 +50,7 @@ def check_plugin(spec: str) -> None:
 
 
 @functools.cache
-def extras(spec: str) -> tuple[str, ...]:
+def _extras(spec: str) -> tuple[str, ...]:
     """Which of the optional parameters a reward has."""
     parameters = inspect.signature(load_reward(spec)).parameters
     return tuple(name for name in ("sample", "rng") if name in parameters)
@@ -59,8 +59,8 @@ def extras(spec: str) -> tuple[str, ...]:
 def run_rewards(calls: Sequence[RewardCall], *, seconds: float, stop_at_first: bool) -> list[tuple[float, str]]:
     """The value of each call in order and ""; or 0.0 and the reason why the reward gave no finite number.
 
-    A plugin's call may take `seconds`, or as long as it likes if that is 0. With `stop_at_first` the first failure ends
-    the wait, and calls that have not finished get the reason NOT_RUN.
+    A plugin may take `seconds` of wall time from its start, or any time if that is 0. With `stop_at_first` the first
+    failure ends the wait, and the calls that have not finished get the reason NOT_RUN.
     """
     plugins = {number: call for number, call in enumerate(calls) if call.spec not in REWARDS}
     results = dict.fromkeys(plugins, (0.0, NOT_RUN)) | _run_plugins(plugins, seconds, stop_at_first)
@@ -71,16 +71,16 @@ def run_rewards(calls: Sequence[RewardCall], *, seconds: float, stop_at_first: b
 
 
 def _run_plugins(calls: dict[int, RewardCall], seconds: float, stop_at_first: bool) -> dict[int, tuple[float, str]]:
-    """The results of the calls, by their numbers; up to the first failure if told so."""
+    """The results of the calls by number; with `stop_at_first` only those that are there at the first failure."""
     results: dict[int, tuple[float, str]] = {}
-    waiting, deadlines = deque(calls), {}  # deadlines are those of the running calls, in the order of their start
+    waiting, deadlines = deque(calls), {}  # a running call has a deadline; the first to start is the first due
     finished: queue.SimpleQueue = queue.SimpleQueue()
     while waiting or deadlines:
         while waiting and len(deadlines) < POOL_SIZE:
             number = waiting.popleft()
             deadlines[number] = time.monotonic() + seconds
             # Daemons: a thread that hangs is left behind and does not keep the process from exiting.
-            threading.Thread(target=_answer, args=(number, calls[number], finished), daemon=True).start()
+            threading.Thread(target=_answer, args=(number, _bound(calls[number]), finished), daemon=True).start()
         oldest = next(iter(deadlines))
         wait = max(deadlines[oldest] - time.monotonic(), 0) if seconds else None
         try:
@@ -88,21 +88,28 @@ def _run_plugins(calls: dict[int, RewardCall], seconds: float, stop_at_first: bo
         except queue.Empty:
             number, result = oldest, (0.0, f"took longer than {seconds:g} s (--reward_seconds)")
         if deadlines.pop(number, None) is None:
-            continue  # it was given up before it finished
+            continue  # it came after its time limit
         results[number] = result
         if stop_at_first and result[1]:
             break
     return results
 
 
-def _answer(number: int, call: RewardCall, finished: queue.SimpleQueue) -> None:
-    """Puts the number of a plugin's call and its result into the queue."""
+def _bound(call: RewardCall) -> Callable[[], float]:
+    """The plugin with the arguments of a call, ready to run."""
     offered = {"sample": call.sample, "rng": random.Random(call.seed)}
-    extra = {name: offered[name] for name in extras(call.spec)}
+    extra = {name: offered[name] for name in _extras(call.spec)}
+    return functools.partial(load_reward(call.spec), call.completion, call.answer, **extra)
+
+
+def _answer(number: int, plugin: Callable[[], float], finished: queue.SimpleQueue) -> None:
+    """Puts the number of a call and its result into the queue."""
     try:
-        value = float(load_reward(call.spec)(call.completion, call.answer, **extra))
-    except BaseException as error:  # SystemExit too: a thread without a result would be waited for in vain
+        value = float(plugin())
+    except BaseException as error:  # SystemExit too: without a result the caller would wait forever
         finished.put((number, (0.0, f"raised {type(error).__name__}: {error}")))
         return
-    reason = "" if math.isfinite(value) else f"gave {value}, no finite number"
-    finished.put((number, (0.0 if reason else value, reason)))
+    if math.isfinite(value):
+        finished.put((number, (value, "")))
+    else:
+        finished.put((number, (0.0, f"gave {value}, which is not a finite number")))

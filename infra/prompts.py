@@ -41,7 +41,19 @@ def load_run_samples(config: RunConfig, world: World) -> tuple[list[Sample], dic
 
 
 def _read(config: RunConfig, file: DataFile, path: str, root: str, number: int) -> list[Sample]:
-    return read_samples(path, root, has_boxes=file.has_boxes, allow_outside_root=config.allow_outside_root, file=number)
+    samples = read_samples(
+        path, root, has_boxes=file.has_boxes, allow_outside_root=config.allow_outside_root, file=number
+    )
+    check_truths(samples, file.rewards)
+    return samples
+
+
+def check_truths(samples: Sequence[Sample], rewards: Sequence[str]) -> None:
+    """Refuses a sample whose truth its reward cannot score; a sample's own method replaces the first reward."""
+    for sample in samples:
+        for spec in (sample.reward or rewards[0], *rewards[1:]):
+            if reason := check_truth(spec, sample.answer):
+                raise ValueError(f"{sample.source}: {reason}")
 
 
 def seeded_sample(samples: list[Sample], limit: int, seed: int) -> list[Sample]:
