@@ -70,5 +70,5 @@ def response_ids(processor: ProcessorMixin, prompt: Prompt, response: str) -> Te
 
 
 if __name__ == "__main__":
-    toy.ensure_data([CONFIG.data, *CONFIG.eval_data])
+    toy.ensure_data(path for file in CONFIG.files for path in (file.file, *file.eval_files))
     launch(main, CONFIG)

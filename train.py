@@ -329,5 +329,5 @@ def group_record(run: Run, rollout: Rollout) -> dict:
 
 
 if __name__ == "__main__":
-    toy.ensure_data([CONFIG.data, *CONFIG.eval_data])
+    toy.ensure_data(path for file in CONFIG.files for path in (file.file, *file.eval_files))
     launch(main, CONFIG)

@@ -74,7 +74,11 @@ def parse_options(
     elif "model" in given or given.keys() & {"predictions", "compare"}:
         defaults = {}
     else:
-        defaults = preset or {}
+        defaults = dict(preset or {})
+        if given.get("mix"):  # it names the data files itself
+            defaults = {
+                name: value for name, value in defaults.items() if name not in ("data", "image_root", "eval_data")
+            }
     return config_class(**{**defaults, **given})
 
 

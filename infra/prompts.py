@@ -16,6 +16,7 @@ from infra.mix import DataFile, file_names
 from infra.parallel import World, all_sum
 from infra.runlog import append_rows, read_rows
 from model.vlm import Prompt, build_prompt
+from rewards import check_truth
 
 MAX_BAD_SHARE = 0.01  # of the samples used; more means a broken data set rather than a broken file
 

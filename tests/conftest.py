@@ -32,10 +32,8 @@ def scenes(tmp_path_factory):
 
 
 LENGTH_REWARD = """
-import random
-
-def length(completion, answer):
-    return len(completion) % 5 / 4 + random.random() / 100  # random too, as a reward may be
+def length(completion, answer, rng):
+    return len(completion) % 5 / 4 + rng.random() / 100  # random too, as a reward may be
 """
 
 

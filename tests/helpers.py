@@ -2,44 +2,34 @@
 
 import errno
 import json
+import os
 import socket
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.multiprocessing as mp
 from PIL import Image
 from torch.distributed.tensor import DTensor
 
-import toy
 import toy.model
-import toy.scenes
 import train
 from data import Sample
-from grpo import group_advantages
 from infra import checkpoint as checkpoint_file
-from infra.memory import RowBudget
+from infra.config import TrainConfig
 from infra.options import parse_options
 from infra.parallel import World
+from infra.run import Run
 from infra.runlog import LOGS, read_rows
 from model.vlm import Prompt, blank_prompt, trainable
-from train import (
-    Config,
-    Rollout,
-    learn,
-    main,
-    make_rows,
-    score_rollout,
-)
+from rollout import completion_logprobs
+from train import Rollout
 
 ALONE = World(0, 1, torch.device("cpu"), None)
-
-
-CONFIG = train.Config(
-    data=["unused"], prompts_per_step=4, group_size=3, beta=0.1, max_grad_norm=1e9, max_completion_tokens=9
+CONFIG = TrainConfig(
+    data="unused", prompts_per_step=4, group_size=3, beta=0.1, max_grad_norm=1e9, max_completion_tokens=9
 )
-
-
 GROUP = CONFIG.group_size
 
 
@@ -73,36 +63,63 @@ def make_rollout(model, processor, world):
     totals = rewards.view(4, GROUP)[mine].flatten()
     widest = max(len(ids) for group in completions[mine] for ids in group)
     return Rollout(
-        prompts[mine],
-        completions[mine],
-        torch.zeros(len(totals), widest),
-        [""] * len(totals),
-        totals[:, None],
-        totals,
-        group_advantages(totals, GROUP),
+        prompts=prompts[mine],
+        completions=completions[mine],
+        draw_logprobs=torch.zeros(len(totals), widest),
+        texts=[""] * len(totals),
+        paid=[{"iou": value} for value in totals.tolist()],
+        totals=totals,
+        num_reward_errors=0,
     )
 
 
+def make_run(model, processor, world, optimizers, *, reference=None, **changes):
+    """A run around a model and a rollout that are there already: no data, no files."""
+    return Run(
+        config=replace(CONFIG, **changes),
+        world=world,
+        out=None,
+        policy=model,
+        processor=processor,
+        reference=reference,
+        optimizers=optimizers,
+        feed=None,
+        eval_sets={},
+        keeper=None,
+        log=None,
+        stop=None,
+        num_steps=1,
+        step=0,
+        eos_ids=[],
+        banned_ids=[],
+        blank=blank_prompt(processor),
+        figures={"skipped_updates": 0.0},
+    )
+
+
+def learn(run, rollout):
+    """train.train_step on a rollout that is drawn and paid already; its figures."""
+    with (
+        patch.object(Run, "prompts", lambda run: rollout.prompts),
+        patch.object(train, "draw", lambda run, prompts: (prompts,)),
+        patch.object(train, "pay", lambda run, prompts: rollout),
+    ):
+        return train.train_step(run)[1]
+
+
 def step_gradients(model, reference, processor, world, row_tokens, **changes):
-    """Gradients and figures of one step as train.learn computes them."""
-    config = replace(CONFIG, **changes)
-    rollout, blank, budget = make_rollout(model, processor, world), blank_prompt(processor), fixed(row_tokens)
-    rows = make_rows(rollout, config, world, blank, row_tokens)
-    ref = score_rollout(reference, rollout, rows, config, []) if reference is not None else None
-    recorder = Recorder(model)
-    figures = learn(model, [recorder], rollout, ref, config, world, blank, [], budget)
-    return recorder.gradients, figures, len(rows)
-
-
-def fixed(row_tokens=4096):
-    return RowBudget(row_tokens, may_shrink=False)
+    """Gradients and figures of one step, and the number of its rows."""
+    recorder, rollout = Recorder(model), make_rollout(model, processor, world)
+    run = make_run(model, processor, world, [recorder], reference=reference, row_tokens=row_tokens, **changes)
+    figures = learn(run, rollout)
+    return recorder.gradients, figures, len(run.pack(rollout.prompts, rollout.completions, range(len(rollout.prompts))))
 
 
 def adamw_steps(model, processor, optimizer, world, count):
-    config = replace(CONFIG, beta=0.0)
+    """So many steps on the same rollout."""
+    run = make_run(model, processor, world, [optimizer], beta=0.0)
     for _ in range(count):
-        rollout = make_rollout(model, processor, world)
-        learn(model, [optimizer], rollout, None, config, world, blank_prompt(processor), [], fixed())
+        learn(run, make_rollout(model, processor, world))
 
 
 def full(tensor):
@@ -114,6 +131,16 @@ def spawn(job, count, *arguments):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.spawn(job, (port, *arguments), nprocs=count)
+
+
+def join(rank, size, port, per_node=0):
+    """Describes this process's place as torchrun would, for `process_group`."""
+    per_node = per_node or size
+    ranks = {"RANK": rank, "LOCAL_RANK": rank % per_node, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": per_node}
+    os.environ.update(
+        {name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
 
 
 def relative_difference(a, b):
@@ -159,6 +186,25 @@ def repeated_logprobs(model, prompts, completions):
     return result
 
 
+def compare_with_repeated_rows(model, prompts, completions, score=completion_logprobs):
+    """Largest difference of log-probs, and of any parameter's gradient relative to the largest gradient."""
+    generators = [torch.Generator().manual_seed(5) for _ in completions]
+    weights = [
+        torch.randn(len(group), max(map(len, group)), generator=generator)
+        for group, generator in zip(completions, generators, strict=True)
+    ]
+    parameters, sides = [parameter for _, parameter in trainable(model)], []
+    for function in (score, repeated_logprobs):
+        logprobs = function(model, prompts, completions)
+        loss = sum((values * weight).sum() for values, weight in zip(logprobs, weights, strict=True))
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        sides.append((torch.cat([values.detach().flatten() for values in logprobs]), gradients))
+    (logprobs, gradients), (expected, expected_gradients) = sides
+    largest = max(gradient.abs().max() for gradient in expected_gradients)
+    differences = [(a - b).abs().max() / largest for a, b in zip(gradients, expected_gradients, strict=True)]
+    return (logprobs - expected).abs().max().item(), max(differences).item()
+
+
 def options(checkpoint, scenes, out, *more):
     """A command line for a small run."""
     return [
@@ -171,7 +217,7 @@ def options(checkpoint, scenes, out, *more):
 
 
 def run(checkpoint, scenes, out, *more):
-    main(parse_options(Config, options(checkpoint, scenes, out, *more), {}))
+    train.main(parse_options(TrainConfig, options(checkpoint, scenes, out, *more)))
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -209,7 +255,7 @@ def argv_of(checkpoint, scenes, *more):
 
 def run_here(argv, out=None):
     """A run in this process."""
-    train.main(parse_options(train.Config, [*argv, *(["--output_dir", str(out)] if out else [])], {}))
+    return train.main(parse_options(TrainConfig, [*argv, *(["--output_dir", str(out)] if out else [])]))
 
 
 def full_disk(monkeypatch, saves):

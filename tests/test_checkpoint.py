@@ -1,81 +1,65 @@
-"""checkpoint.py: saves that fail, and checkpoints that do not fit or are not ours."""
+"""infra/checkpoint.py: what a checkpoint holds, who may read it, and checkpoints that do not fit or are not ours."""
 
 import json
 import os
 import re
 import shutil
+import stat
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ALONE, CONFIG, argv_of, assert_equal, full_disk, outcome, run_here
+from helpers import ALONE, CONFIG, argv_of, run_here
 from safetensors.torch import load_file, save_file
 
-import toy
 import toy.model
-from infra import checkpoint as checkpoint_file
-from infra.checkpoint import SaveFailed, load_training_state, save_checkpoint
-from infra.run import load_policy
+from infra.checkpoint import EVALUATION_FILE, Packaging, SaveFailed, load_training_state, save_checkpoint
+from infra.policy import load_policy
 from model.vlm import load_model
 
 HERE = Path(__file__).parent.parent
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(
-    checkpoint, scenes, tmp_path, reward, monkeypatch, capsys
-):
-    argv = argv_of(checkpoint, scenes, *reward, "--eval_every", "0", "--save_every", "1", "--keep_checkpoints", "9")
-    full_disk(monkeypatch, (2, 3))
-    run_here([*argv, "--steps", "4"], tmp_path / "out")
-    saved = {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()}
-    assert saved == {"step-000001", "step-000004"}
-    text = capsys.readouterr().out
-    assert text.count("No space left on device") == 2 and "2 save(s) in a row have failed" in text
-    assert f"{tmp_path / 'out' / 'checkpoints' / 'step-000001'} is what it could be resumed from" in text
-    whole = tmp_path / "whole"
-    monkeypatch.undo()
-    run_here([*argv, "--steps", "4"], whole)
-    assert_equal(outcome(tmp_path / "out", 4), outcome(whole, 4))
+def packaging(source):
+    return Packaging(source, torch.float32, (256, 65536), {"template": "plain"})
 
 
-def test_a_run_whose_last_save_fails_ends_with_an_error_and_the_line_that_resumes(
-    checkpoint, scenes, tmp_path, reward, monkeypatch
-):
-    argv = argv_of(checkpoint, scenes, *reward, "--eval_every", "0", "--save_every", "1", "--steps", "2")
-    full_disk(monkeypatch, (2,))
-    with pytest.raises(ValueError, match=r"ends at step 2 and could not be saved.*from .*step-000001 with --resume"):
-        run_here(argv, tmp_path / "out")
+def modes(directory):
+    """The permissions of each file, as numbers."""
+    return {path.name: stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()}
 
 
-def test_a_save_that_is_interrupted_leaves_the_last_one_and_its_remains_go_with_the_next(
-    checkpoint, scenes, tmp_path, reward, monkeypatch
-):
-    argv = argv_of(checkpoint, scenes, *reward, "--eval_every", "0", "--save_every", "1", "--steps", "3")
-    real = checkpoint_file.save_file
+@pytest.mark.parametrize("mask, expected", [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+@pytest.mark.parametrize("lora", [False, True])
+def test_files_of_a_checkpoint_have_the_permissions_that_the_umask_leaves(checkpoint, tmp_path, mask, expected, lora):
+    config = replace(CONFIG, model=checkpoint, min_pixels=256, lora_rank=2 if lora else 0)
+    model, _ = load_policy(config, ALONE)
+    before = os.umask(mask)
+    try:
+        save_checkpoint(tmp_path / "step-000001", model, [], {}, ALONE, packaging(checkpoint))
+        assert os.umask(mask) == mask  # saving leaves it alone
+    finally:
+        os.umask(before)
+    found = modes(tmp_path / "step-000001")
+    weights = "adapter_model.safetensors" if lora else "model.safetensors"
+    assert {weights, "state-00000.training", "trainer.json", EVALUATION_FILE, "tokenizer.json"} <= found.keys()
+    assert set(found.values()) == {expected}, found
 
-    def interrupted(tensors, path):
-        if "step-000002" in str(path):
-            Path(path).write_bytes(b"half")
-            raise KeyboardInterrupt
-        real(tensors, path)
 
-    monkeypatch.setattr(checkpoint_file, "save_file", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_here(argv, tmp_path / "out")
-    directory = tmp_path / "out" / "checkpoints"
-    assert {path.name for path in directory.iterdir()} == {"step-000001", ".step-000002.partial"}
-    monkeypatch.undo()
-    run_here(["--resume", str(tmp_path / "out")])
-    assert {path.name for path in directory.iterdir()} == {"step-000002", "step-000003"}
+def test_a_checkpoint_says_what_its_run_evaluates_under(saved, scenes):
+    about = json.loads((saved / "checkpoints" / "step-000001" / EVALUATION_FILE).read_text())
+    options = {"template": "plain", "max_completion_tokens": 6, "max_pixels": 1_003_520, "min_pixels": 256}
+    assert about.items() >= {**options, "box_space": "", "eval_limit": 500, "seed": 0}.items()
+    [measure] = {file["measure"] for file in about["files"].values()}
+    assert about["files"].keys() == {"train", "test"} and measure.endswith("mine.py:length")
 
 
 def test_weights_that_are_not_finite_never_become_a_checkpoint(checkpoint, tmp_path):
     model = toy.model.build_model(toy.model.build_processor().tokenizer)
     model.get_input_embeddings().weight.data[3, 3] = torch.nan
-    options = {"source": checkpoint, "dtype": torch.float32, "pixels": (256, 65536)}
     with pytest.raises(SaveFailed, match="master.model.language_model.embed_tokens.weight holds values .* not finite"):
-        save_checkpoint(tmp_path / "step-000001", model, [], {}, ALONE, **options)
+        save_checkpoint(tmp_path / "step-000001", model, [], {}, ALONE, packaging(checkpoint))
     assert not list(tmp_path.iterdir())
 
 
@@ -142,14 +126,15 @@ def test_adapters_of_another_rank_are_refused_with_their_shapes(checkpoint, tmp_
     for rank in (2, 4):
         config = replace(CONFIG, model=checkpoint, min_pixels=256, lora_rank=rank)
         models[rank] = load_policy(config, ALONE)[0]
-    options = {"source": checkpoint, "dtype": torch.float32, "pixels": (256, 65536)}
-    save_checkpoint(tmp_path / "two", models[2], [], {"step": 1}, ALONE, **options)
+    save_checkpoint(tmp_path / "two", models[2], [], {"step": 1}, ALONE, packaging(checkpoint))
     with pytest.raises(ValueError, match=r"lora_A is \[2, 128\] instead of \[4, 128\]"):
         load_training_state(tmp_path / "two", models[4], [], ALONE)
 
 
 def test_nothing_of_ours_unpickles(saved, tmp_path):
-    for path in [*HERE.glob("*.py"), *HERE.glob("[imt]*/*.py")]:
+    ours = [path for path in (*HERE.glob("*.py"), *HERE.glob("*/*.py")) if path.parent.name != "tests"]
+    assert len(ours) > 30
+    for path in ours:
         text = path.read_text()
         assert not re.search(r"torch\.load|import pickle|pickle\.|weights_only|marshal|shelve|joblib", text), path
     bomb = b"\x80\x04cposix\nsystem\n(X\x10\x00\x00\x00touch " + str(tmp_path / "x")[-10:].encode() + b"tR."

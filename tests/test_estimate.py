@@ -1,52 +1,122 @@
-"""memory.py: rows of every rank, and their budget; the estimate is weighed in test_parallel.py."""
+"""estimate.py: the estimate beside what FSDP really allocates, and when layers stay sharded while drawing."""
 
+import gc
+import itertools
+import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
-from helpers import ALONE, CONFIG, make_model, make_rollout
+from helpers import ALONE, CONFIG, join, make_model, spawn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from infra.memory import draws_sharded, memory_estimate, row_budget
-from infra.parallel import World
-from model.vlm import blank_prompt
-from train import make_rows
-
-
-def test_a_rank_with_less_to_do_adds_rows_of_a_blank_prompt(monkeypatch):
-    model, processor = make_model()
-    rollout = make_rollout(model, processor, ALONE)
-    monkeypatch.setattr("memory.all_sum", lambda values, world, largest: {"rows": 3.0})  # another rank has three
-    rows = make_rows(rollout, CONFIG, World(0, 2, torch.device("cpu"), None), blank_prompt(processor), 4096)
-    assert len(rows) == 3 and [len(row.members) for row in rows] == [12, 0, 0]
-    assert all(any("pixel_values" in prompt for prompt in row.prompts) for row in rows)
+from infra.estimate import memory_estimate, must_draw_sharded
+from infra.optim import clip_gradients, make_optimizers
+from infra.parallel import World, drawing, process_group
+from infra.policy import load_policy, load_reference
+from model.vlm import trainable
 
 
-def test_row_tokens_auto_fill_what_memory_leaves_and_start_lower_where_nothing_can_be_repeated(monkeypatch):
+def two_ranks(**changes):
+    return World(0, 2, torch.device("cpu"), {"shard": SimpleNamespace(size=lambda: 2)}, **changes)
+
+
+def test_layers_stay_sharded_while_drawing_if_a_full_copy_does_not_fit_beside_the_rest(monkeypatch):
     model, _ = make_model()
-    config = replace(CONFIG, row_tokens="auto")
-    sizes = {}
-    for gigabytes in (0.001, 1.0, 2.0, 10_000):
-        monkeypatch.setattr("memory.device_memory_gb", lambda device, g=gigabytes: g)
-        sizes[gigabytes] = row_budget(config, model, ALONE, reference=False).tokens
-    assert sizes[0.001] == 256 and 256 < sizes[1.0] < sizes[2.0] < sizes[10_000] == 65_536
-    estimate = memory_estimate(model, ALONE, config, reference=False, row_tokens=sizes[1.0])
-    assert 0.85 < sum(estimate.values()) <= 0.9
-    monkeypatch.setattr("memory.device_memory_gb", lambda device: 1.0)
-    monkeypatch.setattr("memory.all_sum", lambda values, world, largest: values)
-    two = row_budget(config, model, World(0, 2, torch.device("cpu"), None), reference=False)
-    assert abs(two.tokens - sizes[1.0] / 2) <= 1 and not two.may_shrink
-
-
-def test_layers_stay_sharded_while_drawing_where_a_whole_copy_beside_the_rest_does_not_fit(monkeypatch):
-    model, _ = make_model()
-    shards = SimpleNamespace(size=lambda: 2)
-    two = World(0, 2, torch.device("cpu"), {"shard": shards})
+    two = two_ranks()
     terms = memory_estimate(model, two, CONFIG, reference=True, row_tokens=0)
     enough = sum(terms.values()) / 0.9
     assert terms["gathered while drawing"] == 2 * terms["reference"] > 0
     for gigabytes, sharded in ((enough * 1.01, False), (enough * 0.99, True)):
-        monkeypatch.setattr("memory.device_memory_gb", lambda device, g=gigabytes: g)
-        assert draws_sharded(CONFIG, model, two, reference=True) == sharded
-    assert not draws_sharded(replace(CONFIG, draw_sharded=True), model, ALONE, reference=True)
-    monkeypatch.setattr("memory.device_memory_gb", lambda device: 1e6)
-    assert draws_sharded(replace(CONFIG, draw_sharded=True), model, two, reference=True)
+        monkeypatch.setattr("infra.estimate.device_memory_gb", lambda device, g=gigabytes: g)
+        assert must_draw_sharded(CONFIG, model, two, reference=True) == sharded
+    assert not must_draw_sharded(replace(CONFIG, draw_sharded=True), model, ALONE, reference=True)
+    monkeypatch.setattr("infra.estimate.device_memory_gb", lambda device: 1e6)
+    assert must_draw_sharded(replace(CONFIG, draw_sharded=True), model, two, reference=True)
+
+
+def test_sharded_drawing_gathers_all_but_the_layers():
+    model, _ = make_model()
+    terms = [
+        memory_estimate(model, two_ranks(draw_sharded=sharded), CONFIG, reference=False, row_tokens=0)
+        for sharded in (False, True)
+    ]
+    layers = sum(p.numel() for p in model.model.language_model.layers.parameters())
+    saved = terms[0].pop("gathered while drawing") - terms[1].pop("gathered while drawing")
+    assert saved == pytest.approx(4 * layers / 1e9) and terms[0] == terms[1]
+
+
+def test_activations_grow_with_the_row_and_shrink_under_gradient_checkpointing():
+    model, _ = make_model()
+    text = model.config.get_text_config()
+
+    def activations(tokens, **changes):
+        config = replace(CONFIG, **changes)
+        return memory_estimate(model, ALONE, config, reference=False, row_tokens=tokens)["activations of a row"]
+
+    inputs = 100 * text.num_hidden_layers * text.hidden_size * 4 / 1e9  # of each layer, in fp32: the least to keep
+    assert inputs <= activations(100, gradient_checkpointing=True) < activations(100)
+    assert activations(200) == pytest.approx(2 * activations(100))
+
+
+# ---- against real allocations ----------------------------------------------------------------------------------------
+
+
+def allocated():
+    """Bytes of all tensors that this process holds, once gloo's threads have let go of what they sent."""
+    return min(_allocated() for _ in range(2))
+
+
+def _allocated():
+    time.sleep(0.2)
+    gc.collect()
+    tensors = [t._local_tensor if isinstance(t, DTensor) else t for t in gc.get_objects() if isinstance(t, Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def weigh_run(config, world):
+    """(real, estimated) bytes of each term of a run."""
+    names = ("weights, gradients, moments", "gathered while drawing", "reference")
+    before = allocated()
+    policy = load_policy(config, world)[0]
+    optimizers = make_optimizers(policy, config)
+    clip_gradients([parameter for _, parameter in trainable(policy)], 1.0)  # makes the gradients, of zero
+    for optimizer in optimizers:
+        optimizer.step()
+    steady = allocated()
+    terms = []
+    for place in (world, replace(world, draw_sharded=True)):
+        estimate = memory_estimate(policy, place, config, reference=True, row_tokens=0)
+        with drawing(policy, place):
+            terms.append((allocated() - steady, estimate[names[1]]))
+    terms.append((steady - before, estimate[names[0]]))
+    if not config.lora_rank:  # with adapters the policy without them is the reference
+        reference = load_reference(config, world).eval()
+        terms.append((allocated() - steady, estimate[names[2]]))
+        del reference
+    return [(real, gigabytes * 1e9) for real, gigabytes in terms]
+
+
+def weigh(rank, port, checkpoint, directory):
+    """What each kind of run really holds in two processes, beside the estimate."""
+    join(rank, 2, port)
+    found = {}
+    with process_group(bf16=True) as world:
+        for dtype, lora_rank in itertools.product(("fp32", "bf16"), (0, 8)):
+            config = replace(CONFIG, model=checkpoint, dtype=dtype, lora_rank=lora_rank, min_pixels=256)
+            found[dtype, lora_rank] = weigh_run(config, world)
+    torch.save(found, Path(directory) / f"weighed{rank}.pt")
+
+
+def test_the_estimate_of_memory_is_what_fsdp_allocates(checkpoint, tmp_path):
+    spawn(weigh, 2, checkpoint, str(tmp_path))
+    found = torch.load(tmp_path / "weighed0.pt")
+    assert {key: len(terms) for key, terms in found.items()} == {
+        ("fp32", 0): 4, ("fp32", 8): 3, ("bf16", 0): 4, ("bf16", 8): 3
+    }  # fmt: skip
+    for key, terms in found.items():
+        for real, estimate in terms:
+            assert real == pytest.approx(estimate, rel=0.02), (key, terms)

@@ -1,44 +1,39 @@
-"""eval.py: figures by hand, the reward's own parser, and a whole evaluation from the command line."""
+"""eval.py: answers scored by the reward's own parser, whole evaluations, and a run's own figures to the digit."""
 
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
 import pytest
-from helpers import ALONE
+from helpers import ALONE, run_here
 
 import eval as evaluation
+import infra.evaluation
 import toy
 import toy.scenes
 from data import read_samples
-from eval import Config, bootstrap_interval, compare, greedy_rows, main, score, summarize
+from infra.config import EvalConfig
+from infra.evaluation import Protocol, answer_samples, score_answer
 from infra.options import parse_options
 from infra.parallel import World
+from infra.runlog import read_rows
+from metrics.summary import summarize
 from model.vlm import load_model
 from rewards import first_box, iou
 
-
-def row(overlap, box=(1, 2, 3, 4), truncated=False):
-    return {"iou": overlap, "box": box and list(box), "truncated": truncated}
-
-
-def test_the_figures_of_rec_are_shares_of_the_overlaps():
-    rows = [row(0.0, None, True), row(0.5), row(0.51), row(0.9), {"bad_sample": "gone"}]
-    summary = summarize(rows)
-    assert (summary["samples"], summary["bad_samples"]) == (4, 1)
-    assert summary["accuracy"] == 0.5  # above 0.5, not at it, as VLM-R1 counts
-    assert summary["accuracy_75"] == summary["unparsed"] == summary["truncated"] == 0.25
-    assert summary["mean_iou"] == pytest.approx(1.91 / 4)
+HERE = Path(__file__).parent.parent
+PROTOCOL = Protocol(template="plain", measure="iou", max_completion_tokens=2, batch_size=4)
 
 
-def test_the_figures_of_a_text_task_are_the_mean_reward():
-    summary = summarize([{"reward": value, "truncated": False} for value in (0.0, 1.0, 0.5)])
-    assert summary["reward"] == 0.5 and summary["reward_low"] <= 0.5 <= summary["reward_high"]
+def evaluate(*argv):
+    """What `python eval.py` does with these options, the toy's preset aside."""
+    return evaluation.main(parse_options(EvalConfig, [str(word) for word in argv]))
 
 
-def test_box_and_text_samples_of_one_set_are_both_reported():
-    summary = summarize([row(0.6), {"reward": 0.0, "truncated": True}])
-    assert summary["accuracy"] == 1 and summary["reward"] == 0 and summary["truncated"] == 0.5
+# ---- answers and their scores --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -49,20 +44,8 @@ def test_every_form_of_one_true_box_is_evaluated(checkpoint, scenes, monkeypatch
     model, processor = load_model(checkpoint, min_pixels=256)
     sample = replace(read_samples(scenes / "test.jsonl", scenes)[0], answer=answer)
     monkeypatch.setattr(processor.tokenizer, "decode", lambda *arguments, **options: "<answer>[0, 0, 10, 5]</answer>")
-    options = {"template": "plain", "max_completion_tokens": 2, "batch_size": 4}
-    [found] = greedy_rows(model, processor, [sample], ALONE, **options)
+    [found] = answer_samples(model, processor, [sample], ALONE, PROTOCOL)
     assert found["iou"] == pytest.approx(0.5)
-
-
-def test_no_readable_sample_is_an_error_that_names_the_first():
-    with pytest.raises(ValueError, match="gone"):
-        summarize([{"bad_sample": "gone"}])
-
-
-def test_the_interval_has_the_width_of_a_binomial_share():
-    # 95% of a share of 0.5 over 400 samples: +- 1.96 * 0.025
-    low, high = bootstrap_interval(np.arange(400) % 2 == 0)
-    assert low == pytest.approx(0.451, abs=0.01) and high == pytest.approx(0.549, abs=0.01)
 
 
 def test_answers_are_scored_by_the_rewards_parser_and_boxes_move_back(checkpoint, scenes, monkeypatch):
@@ -70,7 +53,7 @@ def test_answers_are_scored_by_the_rewards_parser_and_boxes_move_back(checkpoint
     samples = read_samples(scenes / "test.jsonl", scenes)
     text = '<answer>{"bbox_2d": [2, 4, 30.5, 40]} and [0, 0, 1, 1]</answer>'
     monkeypatch.setattr(processor.tokenizer, "decode", lambda *arguments, **options: text)
-    rows = greedy_rows(model, processor, samples, ALONE, template="plain", max_completion_tokens=2, batch_size=4)
+    rows = answer_samples(model, processor, samples, ALONE, PROTOCOL)
     assert [r["index"] for r in rows] == list(range(6))
     assert first_box(text) == [2, 4, 30.5, 40]
     for r, sample in zip(rows, samples, strict=True):
@@ -78,15 +61,14 @@ def test_answers_are_scored_by_the_rewards_parser_and_boxes_move_back(checkpoint
         assert r["iou"] == iou([2, 4, 30.5, 40], json.loads(sample.answer))
 
 
-def test_an_overridden_box_space_is_moved_out_of_again(checkpoint, scenes, tmp_path, monkeypatch):
-    argv = ["--model", checkpoint, "--data", str(scenes / "test.jsonl"), "--template", "plain", "--limit", "2",
-            "--max_completion_tokens", "2", "--min_pixels", "256", "--box_space", "thousand",
-            "--output", str(tmp_path / "e.json")]  # fmt: skip
-    main(parse_options(Config, argv, {}))
+def test_an_overridden_box_space_is_moved_out_of_again(checkpoint, scenes, tmp_path):
+    evaluate("--model", checkpoint, "--data", scenes / "test.jsonl", "--template", "plain", "--limit", "2",
+             "--max_completion_tokens", "2", "--min_pixels", "256", "--box_space", "thousand",
+             "--output", tmp_path / "e.json")  # fmt: skip
     for row in json.loads((tmp_path / "e.json").read_text())["rows"]["test"]:
         there = json.loads(row["truth"])
         assert there == pytest.approx([side * 1000 / 64 for side in json.loads(row["answer"])])
-        again = score(row | {"completion": f"<answer>{there}</answer>"}, "iou")
+        again = score_answer(row | {"completion": f"<answer>{there}</answer>"})
         assert again["iou"] == 1 and again["box"] == pytest.approx(json.loads(row["answer"]))
 
 
@@ -98,60 +80,20 @@ def test_a_box_outside_the_tags_counts_only_under_a_prompt_that_asks_for_none(
     sample = read_samples(scenes / "test.jsonl", scenes)[0]
     text = '```json\n[{"bbox_2d": [2, 4, 30, 40], "label": "x"}]\n```'
     monkeypatch.setattr(processor.tokenizer, "decode", lambda *arguments, **options: text)
-    [r] = greedy_rows(model, processor, [sample], ALONE, template=template, max_completion_tokens=2, batch_size=4)
+    [r] = answer_samples(model, processor, [sample], ALONE, replace(PROTOCOL, template=template))
     assert r["box"] == found
 
 
 def test_every_rank_answers_its_share_of_the_samples(checkpoint, scenes, monkeypatch):
     model, processor = load_model(checkpoint, min_pixels=256)
     samples = read_samples(scenes / "test.jsonl", scenes)
-    monkeypatch.setattr(evaluation, "all_gather", lambda rows, world: rows)
-    options = {"template": "plain", "max_completion_tokens": 2, "batch_size": 4}
-    shares = [greedy_rows(model, processor, samples, World(rank, 2, ALONE.device, None), **options) for rank in (0, 1)]
+    monkeypatch.setattr(infra.evaluation, "all_gather", lambda rows, world: rows)
+    worlds = [World(rank, 2, ALONE.device, None) for rank in (0, 1)]
+    shares = [answer_samples(model, processor, samples, world, PROTOCOL) for world in worlds]
     assert [[r["index"] for r in rows] for rows in shares] == [[0, 2, 4], [1, 3, 5]]
 
 
-def test_a_whole_evaluation_writes_summary_and_rows(checkpoint, scenes, tmp_path, capsys):
-    argv = ["--model", checkpoint, "--data", str(scenes / "test.jsonl"), "--template", "plain", "--limit", "4",
-            "--max_completion_tokens", "3", "--min_pixels", "256", "--output", str(tmp_path / "e.json")]  # fmt: skip
-    main(parse_options(Config, argv, {}))
-    written = json.loads((tmp_path / "e.json").read_text())
-    assert written["summary"] == json.loads(capsys.readouterr().out) and len(written["rows"]["test"]) == 4
-    assert {"id", "question", "answer", "completion", "box", "iou"} <= written["rows"]["test"][0].keys()
-
-    main(parse_options(Config, ["--model", "none", "--predictions", str(tmp_path / "e.json")], {}))
-    assert json.loads(capsys.readouterr().out) == written["summary"]
-
-
-def saved(path, overlaps, **more):
-    rows = [{"id": str(n), "question": "q", "iou": value, **more} for n, value in enumerate(overlaps)]
-    path.write_text(json.dumps({"summary": {}, "rows": {"val": rows}}))
-    return str(path)
-
-
-def test_two_files_are_compared_sample_by_sample(tmp_path, capsys):
-    files = [saved(tmp_path / "a.json", [0.2, 0.6, 0.4, 0.9]), saved(tmp_path / "b.json", [0.7, 0.6, 0.8, 0.8, 0.1])]
-    main(parse_options(Config, ["--model", "none", "--compare", *files], {}))
-    result = json.loads(capsys.readouterr().out)["val"]
-    assert result["samples"] == 4 and result["accuracy"] == 0.5
-    assert result["mean_iou"] == pytest.approx(0.2)
-    assert result["mean_iou_low"] < 0.2 < result["mean_iou_high"]
-
-
-def test_detections_are_compared_by_the_ap_of_each_image():
-    box = [0, 0, 10, 10]
-    truth = {"question": "q", "true": [(box, "cat")]}
-    worse = [{"id": "a", "predicted": [], **truth}, {"id": "b", "question": "q", "true": [], "predicted": []}]
-    better = [{"id": "a", "predicted": [(box, "cat")], **truth}, worse[1]]
-    assert compare(worse, better)["image_ap"] == 0.5
-
-
-def test_files_without_a_sample_in_common_are_not_compared():
-    with pytest.raises(ValueError, match="no sample"):
-        compare([{"id": "a", "question": "q", "iou": 1}], [{"id": "b", "question": "q", "iou": 1}])
-
-
-def test_detections_are_scored_in_pixels_of_the_original_image(checkpoint, tmp_path, monkeypatch, capsys):
+def test_detections_are_scored_in_pixels_of_the_original_image(checkpoint, tmp_path, monkeypatch):
     data = toy.scenes.write_detection_split(tmp_path, "detect", 12, seed=1)
     samples = read_samples(data, tmp_path)
     answers = {s.question: s.answer for s in samples}
@@ -160,20 +102,186 @@ def test_detections_are_scored_in_pixels_of_the_original_image(checkpoint, tmp_p
     monkeypatch.setattr(
         processor.tokenizer, "decode", lambda *a, **o: f"<answer>{answers[next(asked).question]}</answer>"
     )
-    options = {"template": "plain", "max_completion_tokens": 2, "batch_size": 4, "reward": "detection"}
-    rows = greedy_rows(model, processor, samples, ALONE, **options)
+    rows = answer_samples(model, processor, samples, ALONE, replace(PROTOCOL, measure="detection"))
     summary = summarize(rows)
     assert summary["map"] == summary["map_50"] == summary["precision"] == summary["recall"] == 1.0
     assert summary["nms_ap"] == 1.0 and summary["unparsed"] == 0.0
     halved = [row | {"input_size": (32, 32)} for row in rows]  # the model saw the image at half its size
-    moved = [score({**row, "truth": row["truth"]}, "detection")["true"] for row in halved]
+    moved = [score_answer(row)["true"] for row in halved]
     assert moved[0][0][0] == [2 * side for side in rows[0]["true"][0][0]]
 
 
+# ---- whole evaluations ---------------------------------------------------------------------------------------------
+
+
+def test_a_whole_evaluation_writes_summary_and_rows_and_scores_them_again_alike(checkpoint, scenes, tmp_path, capsys):
+    evaluate("--model", checkpoint, "--data", scenes / "test.jsonl", "--template", "plain", "--limit", "4",
+             "--max_completion_tokens", "3", "--min_pixels", "256", "--output", tmp_path / "e.json")  # fmt: skip
+    written = json.loads((tmp_path / "e.json").read_text())
+    assert written["summary"] == json.loads(capsys.readouterr().out) and len(written["rows"]["test"]) == 4
+    assert {"id", "question", "answer", "completion", "box", "iou"} <= written["rows"]["test"][0].keys()
+
+    evaluate("--predictions", tmp_path / "e.json")
+    again = json.loads(capsys.readouterr().out)
+    assert again == written["summary"] and list(again["test"]) == list(written["summary"]["test"])
+
+
+def test_detections_and_broken_samples_are_scored_again_alike(checkpoint, tmp_path, capsys):
+    data = toy.scenes.write_detection_split(tmp_path, "detect", 4, seed=1)
+    image = Path(read_samples(data, tmp_path)[0].images[0])
+    image.write_bytes(image.read_bytes()[:200])  # its header is whole
+    evaluate("--model", checkpoint, "--data", data, "--image_root", tmp_path, "--task", "detection",
+             "--max_completion_tokens", "3", "--min_pixels", "256", "--output", tmp_path / "e.json")  # fmt: skip
+    written = json.loads(capsys.readouterr().out)
+    assert written["detect"]["bad_samples"] > 0 and "map" in written["detect"]
+    evaluate("--predictions", tmp_path / "e.json")
+    assert json.loads(capsys.readouterr().out) == written
+
+
+def test_the_directory_of_the_output_is_looked_for_before_anything_is_answered(
+    checkpoint, scenes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "load_any", lambda *names, **named: pytest.fail("the model is loaded"))
+    with pytest.raises(ValueError, match=r"output .*none/e.json: its directory does not exist; make it first"):
+        evaluate("--model", checkpoint, "--data", scenes / "test.jsonl", "--output", tmp_path / "none" / "e.json")
+
+
+# ---- a checkpoint is evaluated as its run was ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of the toy, one with LoRA, on shrunk images, a tight length, half of the test set and a seed."""
+    root = tmp_path_factory.mktemp("runs")
+    toy.scenes.write_split(root, "train", 24, seed=1)
+    toy.scenes.write_split(root, "test", 16, seed=2)
+    argv = ["--model", str(toy.MODEL), "--data", str(root / "train.jsonl"), "--eval_data", str(root / "test.jsonl"),
+            "--template", "find {question}", "--max_pixels", "2304", "--min_pixels", "256", "--seed", "5",
+            "--max_completion_tokens", "19", "--eval_limit", "8", "--eval_every", "1", "--steps", "1",
+            "--prompts_per_step", "2", "--group_size", "2", "--learning_rate", "1e-5"]  # fmt: skip
+    for name, more in {"plain": [], "lora": ["--lora_rank", "4"]}.items():
+        run_here([*argv, *more], root / name)
+    return root
+
+
+def logged(runs, name):
+    """The figures of the last evaluation of a run, under their bare names."""
+    figures = read_rows(runs / name / "eval.jsonl")[-1]
+    assert figures.pop("step") == 1
+    return {key.removeprefix("eval/test/"): value for key, value in figures.items()}
+
+
+@pytest.fixture(scope="module")
+def models(runs):
+    """The same weights in three places: in their run, as a copy elsewhere, and merged from an adapter."""
+    from model.lora import merge
+
+    shutil.copytree(runs / "plain" / "checkpoints" / "step-000001", runs / "elsewhere")
+    merge(str(runs / "lora" / "checkpoints" / "step-000001"), str(runs / "merged"))
+    (runs / "best").symlink_to(runs / "plain" / "checkpoints" / "step-000001")  # as OUT/best
+    return runs
+
+
 @pytest.mark.parametrize(
-    "argv, reason", [("--task guess", "guess"), ("--reward ioo --data d", "ioo"), ("", "data is empty")]
+    "place, run",
+    [
+        ("plain/checkpoints/step-000001", "plain"),
+        ("best", "plain"),
+        ("elsewhere", "plain"),
+        ("lora/checkpoints/step-000001", "lora"),
+        ("merged", "lora"),
+    ],
 )
-def test_contradictory_options_are_refused(argv, reason):
-    with pytest.raises((ValueError, SystemExit), match="unknown|empty|2") as error:
-        parse_options(Config, ["--model", "m", *argv.split()], {})
-    assert reason in str(error.value) or isinstance(error.value, SystemExit)
+def test_a_checkpoint_gives_the_figures_that_its_run_logged_wherever_it_lies(models, capsys, place, run):
+    evaluate("--model", models / place, "--data", models / "test.jsonl", "--limit", "8")
+    said = capsys.readouterr()
+    expected = logged(models, run)
+    assert expected["mean_iou"] > 0 and 0 < expected["truncated"] < 1  # or settings would make no difference
+    assert json.loads(said.out) == {"test": expected}
+    path = models / place / "evaluation.json"
+    assert said.err.splitlines()[:3] == [
+        f"evaluating {models / place} under {path}",
+        "  test: template 'find {question}', iou",
+        "  256 to 2,304 pixels, at most 19 tokens, 8 samples drawn with seed 5",
+    ]
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("template", "plain"), ("max_pixels", "65536"), ("max_completion_tokens", "14"), ("seed", "6")],
+)
+def test_what_the_command_line_gives_replaces_what_the_run_used(models, capsys, option, value):
+    argv = ["--model", models / "elsewhere", "--data", models / "test.jsonl", "--limit", "8"]
+    evaluate(*argv, f"--{option}", value)
+    said = capsys.readouterr()
+    assert json.loads(said.out)["test"] != logged(models, "plain")
+    assert {"max_pixels": "to 65,536 pixels", "seed": "seed 6"}.get(option, value) in said.err
+
+
+def test_a_checkpoints_own_pixels_stand_against_the_default_alone(models, capsys):
+    for argv, told in (([], "256 to 2,304 pixels"), (["--min_pixels", "1024"], "1,024 to 2,304 pixels")):
+        evaluate("--model", models / "elsewhere", "--data", models / "test.jsonl", "--limit", "1", *argv)
+        assert told in capsys.readouterr().err
+    with pytest.raises(ValueError, match="max_pixels 2304 is below min_pixels 9999"):
+        evaluate("--model", models / "elsewhere", "--data", models / "test.jsonl", "--min_pixels", "9999")
+
+
+def test_a_model_of_no_run_is_evaluated_under_the_defaults_and_says_so(checkpoint, scenes, capsys):
+    evaluate("--model", checkpoint, "--data", scenes / "test.jsonl", "--limit", "2", "--max_completion_tokens", "2")
+    assert capsys.readouterr().err.splitlines()[:3] == [
+        f"evaluating {checkpoint}",
+        "  test: template 'rec', iou",
+        "  3,136 to 1,003,520 pixels, at most 2 tokens, 2 samples drawn with seed 42",
+    ]
+
+
+def test_the_settings_go_to_stderr_so_that_stdout_is_json(models):
+    argv = ["--model", str(models / "elsewhere"), "--data", str(models / "test.jsonl"), "--limit", "8"]
+    done = subprocess.run([sys.executable, "eval.py", *argv], cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"test": logged(models, "plain")}
+    assert "under " in done.stderr and "pixels each" in done.stderr
+
+
+# ---- two evaluations compared --------------------------------------------------------------------------------------
+
+
+def saved(path, overlaps, name="val", **more):
+    rows = [{"id": str(n), "question": "q", "iou": value, **more} for n, value in enumerate(overlaps)]
+    path.write_text(json.dumps({"summary": {}, "rows": {name: rows}}))
+    return str(path)
+
+
+def test_two_files_are_compared_sample_by_sample(tmp_path, capsys):
+    files = [saved(tmp_path / "a.json", [0.2, 0.6, 0.4, 0.9]), saved(tmp_path / "b.json", [0.7, 0.6, 0.8, 0.8, 0.1])]
+    evaluate("--compare", *files)
+    result = json.loads(capsys.readouterr().out)["val"]
+    assert result["samples"] == 4 and result["accuracy"] == 0.5
+    assert result["mean_iou"] == pytest.approx(0.2)
+    assert result["mean_iou_low"] < 0.2 < result["mean_iou_high"]
+
+
+def test_files_without_a_sample_in_common_are_not_compared(tmp_path):
+    files = [saved(tmp_path / "a.json", [0.2]), saved(tmp_path / "b.json", [0.2], question="another")]
+    with pytest.raises(ValueError, match="no sample"):
+        evaluate("--compare", *files)
+
+
+def test_files_that_evaluate_other_data_are_not_compared(tmp_path):
+    a, b = saved(tmp_path / "a.json", [0.2]), saved(tmp_path / "b.json", [0.2], name="test")
+    with pytest.raises(ValueError) as error:
+        evaluate("--compare", a, b)
+    assert str(error.value) == f"{a} evaluates val and {b} test: there is no common file to compare on"
+
+
+def test_a_relative_and_an_absolute_path_name_the_same_samples(models, tmp_path, capsys, monkeypatch):
+    lines = [json.loads(line) for line in (models / "test.jsonl").read_text().splitlines()]
+    assert not any(line.pop("id") is None for line in lines)
+    (models / "noid.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.chdir(models)
+    for data, output in (("noid.jsonl", "a.json"), (models / "noid.jsonl", "b.json")):
+        evaluate("--model", models / "elsewhere", "--data", data, "--limit", "3", "--output", tmp_path / output)
+    capsys.readouterr()
+    evaluate("--compare", tmp_path / "a.json", tmp_path / "b.json")
+    found = json.loads(capsys.readouterr().out)["noid"]
+    assert found["samples"] == 3 and found["mean_iou"] == 0

@@ -1,8 +1,10 @@
-"""prepare.py on hand-made annotations: data.py reads what it writes, the rewards pay it, and what is broken stops."""
+"""tools/prepare.py on hand-made annotations: data.py reads what it writes, the rewards pay it, broken files stop."""
 
 import copy
 import json
+import math
 import random
+from collections import Counter
 
 import pytest
 from PIL import Image
@@ -77,7 +79,7 @@ def changed(*path, to):
 # ---- what is written -----------------------------------------------------------------------------------------------
 
 
-def test_an_annotation_becomes_a_line_of_vlm_r1(tmp_path):
+def test_an_annotation_becomes_a_line_in_the_format_of_vlm_r1(tmp_path):
     [line] = prepare(tmp_path, ONE, negatives=0, none_share=0.0, image_prefix="train")
     question, answer = line["conversations"]
     assert (line["id"], line["image"], line["accu_reward_method"]) == ("5-0", "train/5.png", "odLength")
@@ -91,7 +93,7 @@ def test_an_annotation_becomes_a_line_of_vlm_r1(tmp_path):
     assert answer == {"from": "gpt", "value": '```json\n[{"bbox_2d": [1, 2, 11, 7], "label": "cat"}]\n```'}
 
 
-def test_the_file_is_read_and_checked_and_its_answers_earn_everything(tmp_path):
+def test_data_reads_the_file_and_its_answers_earn_the_full_reward(tmp_path):
     for number in range(30):
         Image.new("RGB", (40, 30)).save(tmp_path / f"{number}.png")
     records = prepare(tmp_path, zoo(), none_share=0.3)
@@ -107,7 +109,7 @@ def test_the_file_is_read_and_checked_and_its_answers_earn_everything(tmp_path):
     assert {REWARDS["od_length"](wrong, sample.answer) for sample in nones} == {0.0}
 
 
-def test_every_class_is_asked_once_and_its_boxes_are_all_in_the_answer(tmp_path):
+def test_every_class_is_asked_for_once_and_the_answer_holds_all_its_boxes(tmp_path):
     annotations = zoo()
     answered = [(r["image"], i["label"]) for r in prepare(tmp_path, annotations, max_classes=2) for i in r["items"]]
     marked = [(f"{m['image_id']}.png", NAMES[m["category_id"]]) for m in annotations["annotations"]]
@@ -116,7 +118,7 @@ def test_every_class_is_asked_once_and_its_boxes_are_all_in_the_answer(tmp_path)
     assert len(asked) == len(set(asked))
 
 
-def test_negatives_are_absent_and_as_many_as_asked_for(tmp_path):
+def test_negatives_are_absent_and_as_many_as_the_option_says(tmp_path):
     annotations = zoo()
     marked = {(f"{m['image_id']}.png", NAMES[m["category_id"]]) for m in annotations["annotations"]}
     for negatives in (0, 1, 2):
@@ -128,7 +130,7 @@ def test_negatives_are_absent_and_as_many_as_asked_for(tmp_path):
                 assert len(absent) == negatives and len(labels(record)) <= 4
 
 
-def test_the_share_of_none_prompts_is_the_one_asked_for(tmp_path):
+def test_the_share_of_none_prompts_is_that_of_the_option(tmp_path):
     assert all(record["items"] for record in prepare(tmp_path, zoo(400), none_share=0.0))
     for share in (0.1, 0.5):
         records = prepare(tmp_path, zoo(400), none_share=share)
@@ -141,13 +143,13 @@ def test_present_and_absent_classes_are_shuffled_together(tmp_path):
     assert any(firsts) and not all(firsts)
 
 
-def test_small_boxes_are_dropped_and_their_class_is_not_called_absent(tmp_path):
+def test_small_boxes_are_dropped_but_their_class_does_not_count_as_absent(tmp_path):
     value = changed("annotations", to=[mark(1, 5, 1, [1, 1, 9, 3]), mark(2, 5, 2, [1, 1, 4, 4])])
     records = prepare(tmp_path, value, min_size=4.0, none_share=0.5)
     assert [(record["asked"], labels(record)) for record in records] == [(["dog"], {"dog"})]
 
 
-def test_prompts_of_too_many_boxes_are_left_out(tmp_path):
+def test_prompts_with_too_many_boxes_are_left_out(tmp_path):
     marks = [mark(number, 5, 1, [number, 1, 9, 9]) for number in range(3)] + [mark(3, 5, 2, [1, 1, 4, 4])]
     value = changed("annotations", to=marks)
     options = {"max_classes": 1, "none_share": 0.0}
@@ -155,7 +157,19 @@ def test_prompts_of_too_many_boxes_are_left_out(tmp_path):
     assert [len(record["items"]) for record in prepare(tmp_path, value, max_boxes=2, **options)] == [1]
 
 
-def test_a_crowd_makes_its_class_unaskable_in_its_image_alone(tmp_path):
+def test_prompts_that_are_left_out_are_counted(tmp_path):
+    value = zoo()
+    marked = {(m["image_id"], m["category_id"]) for m in value["annotations"]}
+    options = {"max_classes": 1, "max_boxes": 1, "none_share": 0.0}  # a class is left out if it has two boxes or three
+    counts = convert(write(tmp_path, value), Config(out=str(tmp_path / "ovd.jsonl"), **options))
+    assert 0 < counts["crowded"] == len(marked) - counts["prompts"]
+    counts = convert(write(tmp_path, value), Config(out=str(tmp_path / "ovd.jsonl"), max_boxes=3))
+    classes = Counter(image for image, _ in marked)
+    groups = sum(math.ceil(number / 4) for number in classes.values())  # four classes a prompt
+    assert 0 < counts["crowded"] == groups - (counts["prompts"] - counts["none"])
+
+
+def test_a_class_with_a_crowd_is_not_asked_for_in_that_image_alone(tmp_path):
     value = copy.deepcopy(ONE)
     value["images"].append({"id": 6, "file_name": "6.png", **SIZE})
     value["annotations"] += [
@@ -168,7 +182,7 @@ def test_a_crowd_makes_its_class_unaskable_in_its_image_alone(tmp_path):
     assert {name for r in records if r["image"] == "6.png" for name in r["asked"]} == {"cat", "dog"}
 
 
-def test_lvis_says_which_classes_are_absent_and_which_are_not_exhaustive(tmp_path):
+def test_lvis_lists_which_classes_are_absent_and_which_are_not_marked_exhaustively(tmp_path):
     categories = [{"id": number, "name": name} for number, name in enumerate(NAMES)]
     image = {"id": 5, "coco_url": "http://images.cocodataset.org/val2017/5.jpg", **SIZE}
     image |= {"neg_category_ids": [3, 5, 6], "not_exhaustive_category_ids": [1, 6]}
@@ -199,7 +213,7 @@ def test_boxes_are_corners_inside_the_image_with_two_decimals(bbox, box):
     assert found == box and (box is None or [type(a) for a in found] == [type(b) for b in box])
 
 
-def test_the_seed_decides_and_the_order_of_the_file_does_not(tmp_path):
+def test_the_output_depends_on_the_seed_and_not_on_the_order_of_the_file(tmp_path):
     def written(value, seed=3):
         prepare(tmp_path, value, seed=seed)
         return (tmp_path / "ovd.jsonl").read_bytes()
@@ -218,8 +232,8 @@ IMAGE, MARK, CATEGORY = ("images", 0), ("annotations", 0), ("categories", 0)
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("", "not JSON.*expected"),
-        ("[1, 2", "not JSON.*expected"),
+        ("", "not JSON.*one JSON object"),
+        ("[1, 2", "not JSON.*one JSON object"),
         ("[" * 100_000, "not JSON"),
         ("[]", 'no list "categories"'),
         (changed("images", to=KeyError), 'no list "images"'),
@@ -231,14 +245,17 @@ IMAGE, MARK, CATEGORY = ("images", 0), ("annotations", 0), ("categories", 0)
         (changed(*MARK, "image_id", to=KeyError), "annotations id 9: no image_id"),
         (changed(*CATEGORY, "name", to=KeyError), "categories id 1: no name"),
         (changed(*IMAGE, "width", to=KeyError), "images id 5: no width"),
-        (changed(*IMAGE, "height", to=-3), "image 5: height is -3; a whole number"),
+        (changed(*IMAGE, "height", to=-3), "image 5: height is -3; it must be a whole number"),
         (changed(*IMAGE, "file_name", to=KeyError), "image 5: file_name is None; add"),
         (changed("images", to=ONE["images"] * 2), "images id 5 .*twice"),
         (changed("annotations", to=ONE["annotations"] * 2), "annotations id 9 .*twice"),
-        (changed("categories", 1, "name", to="cat"), "category 2: 'cat' is category 1 too; merge or rename"),
+        (
+            changed("categories", 1, "name", to="cat"),
+            "category 2: category 1 is named 'cat' too; merge the two or rename",
+        ),
         (changed(*CATEGORY, "name", to="a ```"), "category 1: the name is 'a ```'"),
         (changed(*CATEGORY, "name", to=" "), "category 1: the name is ' '"),
-        (changed(*MARK, "image_id", to=6), "annotation 9: image_id 6 is unknown; add what it names or drop"),
+        (changed(*MARK, "image_id", to=6), "annotation 9: image_id 6 is unknown; add that entry or drop"),
         (changed(*MARK, "category_id", to=3), "annotation 9: category_id 3 is unknown"),
         (changed(*MARK, "category_id", to=[]), r"annotation 9: category_id \[\] is unknown"),
         (changed(*MARK, "iscrowd", to=2), "annotation 9: iscrowd is 2"),
@@ -250,16 +267,16 @@ IMAGE, MARK, CATEGORY = ("images", 0), ("annotations", 0), ("categories", 0)
         (changed(*MARK, "bbox", to=[40, 2, 3, 4]), "annotation 9: bbox .* outside its image of 40 x 30"),
         (changed(*MARK, "bbox", to=[1, -9, 3, 4]), "annotation 9: bbox .* outside its image of 40 x 30"),
         (changed(*IMAGE, "neg_category_ids", to=[7]), r"image 5: neg_category_ids is \[7\]"),
-        (changed(*MARK, "iscrowd", to=1), "no prompt comes of 1 images"),
+        (changed(*MARK, "iscrowd", to=1), "no prompt for any of its 1 images: .*; lower min_size"),
     ],
 )
-def test_a_broken_file_is_refused_by_name_and_nothing_is_left(tmp_path, value, message):
+def test_a_broken_file_is_refused_with_its_name_and_nothing_is_written(tmp_path, value, message):
     with pytest.raises(ValueError, match=rf"marks\.json: (?s:.*){message}"):
         prepare(tmp_path, value)
     assert [path.name for path in tmp_path.iterdir()] == ["marks.json"]
 
 
-def test_empty_boxes_are_dropped_on_demand_and_their_class_is_not_called_absent(tmp_path):
+def test_empty_boxes_are_dropped_on_request_but_their_class_does_not_count_as_absent(tmp_path):
     value = changed("annotations", to=[*ONE["annotations"], mark(10, 5, 2, [1, 1, 9, 0])])
     assert [record["asked"] for record in prepare(tmp_path, value, skip_empty_boxes=True)] == [["cat"]]
 
@@ -287,8 +304,8 @@ def test_a_wrong_option_is_refused(tmp_path, monkeypatch, options, message):
 
 
 @pytest.mark.parametrize("argv", [[], ["coco"], ["voc", "marks.json"], ["coco", "--out", "ovd.jsonl"]])
-def test_a_command_without_its_words_shows_the_usage(argv):
-    with pytest.raises(SystemExit, match="usage: python prepare.py coco"):
+def test_an_incomplete_command_shows_the_usage(argv):
+    with pytest.raises(SystemExit, match=r"usage: python -m tools\.prepare coco"):
         main(argv)
 
 
@@ -297,11 +314,11 @@ def test_a_missing_file_is_refused(tmp_path):
         main(["coco", str(tmp_path / "none.json"), "--out", str(tmp_path / "ovd.jsonl")])
 
 
-def test_the_command_says_what_it_wrote_and_what_it_left_out(tmp_path, capsys):
+def test_the_command_prints_what_it_wrote_and_what_it_left_out(tmp_path, capsys):
     value = changed("images", to=[*ONE["images"], {"id": 6, "file_name": "6.png", **SIZE}])
     out = tmp_path / "ovd.jsonl"
     main(["coco", str(write(tmp_path, value)), "--out", str(out), "--none_share", "0"])
     assert capsys.readouterr().out == (
-        f"{out}: 1 prompts on 1 images, 1 boxes, 0 answered None; left out: 0 prompts of more than 30 boxes, "
-        "1 images without a prompt\n"
+        f"{out}: 1 prompts on 1 images, with 1 boxes; the answer to 0 prompts is None\n"
+        "left out: 0 prompts with more than 30 boxes, 1 images without a prompt\n"
     )

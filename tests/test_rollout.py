@@ -4,23 +4,21 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import make_completions, make_prompts, repeated_logprobs
+from helpers import compare_with_repeated_rows, make_completions, make_prompts
 from torch.testing import assert_close
 
 import rollout
-import toy
 import toy.model
 from model.attention import use_shared_prefix
-from model.vlm import banned_token_ids
+from model.packing import IMAGE_FEATURES, pack_row
+from model.vlm import banned_token_ids, checkpoint_activations
 from rollout import (
     completion_logprobs,
-    pack_row,
     pick_tokens,
-    plan_rows,
     restricted,
     sample_completions,
     see_images,
-    takes_seen_images,
+    takes_image_features,
     tower_is_frozen,
 )
 
@@ -39,47 +37,24 @@ def model(processor, request):
     return model
 
 
-def compare(model, prompts, completions, score=completion_logprobs):
-    """Largest difference of log-probs, and of any parameter's gradient relative to the largest gradient."""
-    weights = [torch.randn(len(group), max(map(len, group)), generator=torch.Generator().manual_seed(5))
-               for group in completions]  # fmt: skip
-    sides = []
-    for function in (score, repeated_logprobs):
-        logprobs = function(model, prompts, completions)
-        loss = sum((values * weight).sum() for values, weight in zip(logprobs, weights, strict=True))
-        names = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(loss, [p for _, p in names], allow_unused=True)
-        sides.append((torch.cat([v.detach().flatten() for v in logprobs]), gradients))
-    difference = (sides[0][0] - sides[1][0]).abs().max().item()
-    largest = max(g.abs().max() for g in sides[1][1] if g is not None)
-    gradient = max(
-        ((a if a is not None else 0) - (b if b is not None else 0)).abs().max() / largest
-        for a, b in zip(sides[0][1], sides[1][1], strict=True)
-        if not (a is None and b is None)
-    )
-    return difference, gradient.item()
-
-
 # ---- scoring -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("counts", [(1,), (0,), (3,), (1, 2, 0, 1)])
 def test_a_packed_row_scores_as_repeated_rows_do_in_float64(model, processor, counts):
     prompts = make_prompts(processor, counts)
-    difference, gradient = compare(model, prompts, make_completions(model, len(prompts)))
+    difference, gradient = compare_with_repeated_rows(model, prompts, make_completions(model, len(prompts)))
     assert difference < 1e-6 and gradient < 1e-6  # HF casts norms and rotary angles to fp32 in a float64 model
 
 
 def test_a_packed_row_scores_as_repeated_rows_do_in_float32(model, processor):
     prompts = make_prompts(processor)
     single = toy.model.build_model(processor.tokenizer, seed=3).eval()
-    difference, gradient = compare(single, prompts, make_completions(single, len(prompts)))
+    difference, gradient = compare_with_repeated_rows(single, prompts, make_completions(single, len(prompts)))
     assert difference < 1e-5 and gradient < 1e-5
 
 
 def test_gradient_checkpointing_changes_nothing(processor):
-    from model.vlm import checkpoint_activations
-
     prompts = make_prompts(processor, (1, 0))
     checked = toy.model.build_model(processor.tokenizer, seed=3).double()
     completions = make_completions(checked, 2)
@@ -88,7 +63,7 @@ def test_gradient_checkpointing_changes_nothing(processor):
     checked.train()
     for a, b in zip(plain, completion_logprobs(checked, prompts, completions), strict=True):
         assert_close(a, b)
-    difference, gradient = compare(checked, prompts, completions)
+    difference, gradient = compare_with_repeated_rows(checked, prompts, completions)
     assert difference < 1e-6 and gradient < 1e-6
 
 
@@ -103,7 +78,7 @@ def test_positions_that_go_on_through_all_completions_fail_the_comparison(model,
 
     monkeypatch.setattr(rollout, "pack_row", not_restarted)
     prompts = make_prompts(processor, (1,))
-    difference, gradient = compare(model, prompts, make_completions(model, 1))
+    difference, gradient = compare_with_repeated_rows(model, prompts, make_completions(model, 1))
     assert difference > 1e-3 and gradient > 1e-3
 
 
@@ -113,7 +88,7 @@ def test_a_plain_causal_mask_fails_the_comparison(model, processor, monkeypatch)
 
     monkeypatch.setattr(rollout, "row_attention", causal)
     prompts = make_prompts(processor, (1,))
-    difference, gradient = compare(model, prompts, make_completions(model, 1))
+    difference, gradient = compare_with_repeated_rows(model, prompts, make_completions(model, 1))
     assert difference > 1e-3 and gradient > 1e-3
 
 
@@ -130,7 +105,7 @@ def test_completions_that_start_at_the_prompts_length_fail_the_comparison(model,
 
     monkeypatch.setattr(rollout, "pack_row", by_length)
     prompts = make_prompts(processor, (1,))
-    difference, _ = compare(model, prompts, make_completions(model, 1))
+    difference, _ = compare_with_repeated_rows(model, prompts, make_completions(model, 1))
     assert difference > 1e-3
 
 
@@ -155,60 +130,6 @@ def test_prompts_and_completions_are_left_as_they_were(model, processor):
     sample_completions(model, prompts, 2, max_new_tokens=2, eos_ids=[2])
     for prompt, copy in zip(prompts, before, strict=True):
         assert prompt.keys() == copy.keys() and all(prompt[key].equal(copy[key]) for key in copy)
-
-
-def test_another_attention_kernel_is_refused_before_it_gives_wrong_numbers(processor):
-    eager = toy.model.build_model(processor.tokenizer)
-    eager.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match="sdpa"):
-        completion_logprobs(eager, make_prompts(processor, (0,)), [[torch.tensor([30])]])
-
-
-def test_image_prompts_without_token_types_are_refused(model, processor):
-    prompt = {key: value for key, value in make_prompts(processor, (1,))[0].items() if key != "mm_token_type_ids"}
-    with pytest.raises(ValueError, match="mm_token_type_ids"):
-        completion_logprobs(model, [prompt], [[torch.tensor([30])]])
-
-
-# ---- rows ----------------------------------------------------------------------------------------------------------
-
-
-def test_rows_hold_every_completion_once_and_keep_to_the_budget():
-    prompt_lengths, lengths = [10, 50, 30, 10], [[5, 9], [20, 20, 20], [1], [7, 8, 9, 10]]
-    rows = plan_rows(prompt_lengths, lengths, 100)
-    placed = sorted((prompt, index) for row in rows for prompt, indices in row for index in indices)
-    assert placed == [(p, i) for p, group in enumerate(lengths) for i in range(len(group))]
-    for row in rows:
-        assert sum(prompt_lengths[p] + sum(lengths[p][i] for i in indices) for p, indices in row) <= 100
-
-
-def test_a_group_longer_than_a_row_is_split_and_its_prompt_repeated():
-    assert plan_rows([60], [[20, 20, 20]], 100) == [[(0, [0, 1])], [(0, [2])]]
-    assert plan_rows([60], [[200], [5]][:1], 100) == [[(0, [0])]]  # one completion cannot be split
-
-
-def test_splitting_groups_over_rows_leaves_log_probs_and_gradients_the_same(model, processor):
-    prompts = make_prompts(processor)
-    completions = make_completions(model, 4)
-
-    def by_rows(model, prompts, completions):
-        found = {}
-        sizes = [prompt["input_ids"].shape[1] for prompt in prompts]
-        rows = plan_rows(sizes, [[len(ids) for ids in group] for group in completions], 60)
-        assert len(rows) > 4
-        for row in rows:
-            parts = completion_logprobs(
-                model, [prompts[p] for p, _ in row], [[completions[p][i] for i in indices] for p, indices in row]
-            )
-            for (prompt, indices), part in zip(row, parts, strict=True):
-                found |= {(prompt, index): part[place] for place, index in enumerate(indices)}
-        return [
-            torch.nn.utils.rnn.pad_sequence([found[p, i][: len(ids)] for i, ids in enumerate(group)], batch_first=True)
-            for p, group in enumerate(completions)
-        ]
-
-    difference, gradient = compare(model, prompts, completions, by_rows)
-    assert difference < 1e-6 and gradient < 1e-6
 
 
 # ---- drawing -------------------------------------------------------------------------------------------------------
@@ -309,7 +230,7 @@ def test_many_prompts_prefilled_in_several_rows_draw_the_same(model, processor, 
 def test_images_seen_once_give_the_same_draws_and_log_probs(model, processor):
     prompts = make_prompts(processor)
     seen = [see_images(model, prompt) for prompt in prompts]
-    assert "pixel_values" in prompts[0] and ("pixel_values" in seen[0]) != takes_seen_images(model)
+    assert "pixel_values" in prompts[0] and ("pixel_values" in seen[0]) != takes_image_features(model)
     draw = partial(sample_completions, group_size=2, max_new_tokens=6, eos_ids=[2])
     drawn = [draw(model, p, generator=torch.Generator().manual_seed(0)) for p in (prompts, seen)]
     assert [[ids.tolist() for ids in group] for group in drawn[0]] == [[i.tolist() for i in g] for g in drawn[1]]
@@ -350,9 +271,9 @@ def test_drawing_and_seeing_images_run_without_dropout_and_leave_every_module_in
     modes = [module.training for module in noisy.modules()]
     for a, b in zip(draw(prompts, 1)[1], expected, strict=True):
         assert a[0].equal(b[0])
-    if takes_seen_images(noisy):
-        again = see_images(noisy, prompts[0])["image_features"]
-        assert all(x.equal(y) for x, y in zip(again[0], seen["image_features"][0], strict=True))
+    if takes_image_features(noisy):
+        again = see_images(noisy, prompts[0])[IMAGE_FEATURES]
+        assert all(x.equal(y) for x, y in zip(again[0], seen[IMAGE_FEATURES][0], strict=True))
         assert not again[0][0].requires_grad
     with pytest.raises(TypeError):
         draw([None], 1)
@@ -373,12 +294,6 @@ def test_entropies_are_those_of_the_softmax_and_top_k_reaches_the_draw(model, pr
 def test_a_negative_temperature_is_refused(model, processor):
     with pytest.raises(ValueError, match="temperature is -1"):
         sample_completions(model, make_prompts(processor, (0,)), 1, max_new_tokens=1, eos_ids=[2], temperature=-1)
-
-
-def test_rows_are_filled_by_the_longest_groups_first():
-    # In the order given, first fit needs three rows of 100; from the longest on, two.
-    assert len(plan_rows([30, 70, 30, 70], [[], [], [], []], 100)) == 2
-    assert len(plan_rows([20, 20, 80, 80], [[], [], [], []], 100)) == 2
 
 
 @pytest.mark.parametrize("number, expected", [(0.0, 1), (0.5, 3), (1 - 2**-53, 3)])

@@ -4,15 +4,15 @@ import json
 
 import pytest
 import torch
-from helpers import ALONE, Recorder, fixed
+from helpers import ALONE, Recorder, make_run
 
-import sft
 import toy
 import toy.model
-from data import Sample
+from data import Sample, read_samples
+from infra.config import SftConfig
 from infra.options import parse_options
-from model.vlm import Prompt, blank_prompt, build_prompt, load_model
-from sft import Config, main, response_ids, train_step
+from model.vlm import Prompt, banned_token_ids, build_prompt, load_model
+from sft import main, response_ids, train_step
 
 
 def prompt_of(answer, has_boxes=True):
@@ -49,17 +49,15 @@ def test_a_response_may_repeat_the_question_without_its_image_mark():
 
 @pytest.mark.parametrize("row_tokens", [50, 4096])
 def test_the_loss_is_that_of_plain_hugging_face_on_the_answers_alone(checkpoint, scenes, row_tokens):
-    from data import read_samples
-
     argv = ["--model", checkpoint, "--data", "d", "--row_tokens", str(row_tokens), "--max_grad_norm", "1e9"]
-    config = parse_options(Config, argv, {})
+    config = parse_options(SftConfig, argv)
     model, processor = load_model(checkpoint, min_pixels=256)
     samples = read_samples(scenes / "train.jsonl", scenes)[:3]
     prompts = [build_prompt(processor, sample, template="plain") for sample in samples]
-    recorder = Recorder(model)
-    figures = train_step(
-        model, processor, [recorder], prompts, blank_prompt(processor), fixed(row_tokens), config, ALONE
-    )
+    recorder, banned = Recorder(model), banned_token_ids(model, processor)
+    run = make_run(model, processor, ALONE, [recorder])
+    run.config, run.banned_ids = config, banned
+    figures = train_step(run, prompts)
 
     model.zero_grad()
     losses = []
@@ -69,7 +67,7 @@ def test_the_loss_is_that_of_plain_hugging_face_on_the_answers_alone(checkpoint,
         types = torch.cat([prompt.inputs["mm_token_type_ids"], torch.zeros(1, len(answer), dtype=torch.long)], 1)
         features = {key: prompt.inputs[key] for key in ("pixel_values", "image_grid_thw")}
         logits = model(input_ids=ids, mm_token_type_ids=types, **features).logits[0, -len(answer) - 1 : -1]
-        logits[:, sorted(sft.banned_token_ids(model, processor))] = -torch.inf
+        logits[:, sorted(banned)] = -torch.inf
         losses.append(torch.nn.functional.cross_entropy(logits, answer, reduction="none"))
     loss = torch.cat(losses).mean()
     loss.backward()
@@ -86,12 +84,16 @@ def test_a_run_learns_the_format_and_writes_a_checkpoint(checkpoint, scenes, tmp
             "--template", "plain", "--response", toy.RESPONSE, "--output_dir", str(tmp_path / "out"),
             "--prompts_per_step", "8", "--min_pixels", "256", "--learning_rate", rate, "--steps", "12",
             "--max_completion_tokens", "24", "--optimizer", optimizer]  # fmt: skip
-    main(parse_options(Config, argv, {}))
+    main(parse_options(SftConfig, argv))
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
     assert (tmp_path / "out" / "checkpoints" / "step-000012" / "model.safetensors").exists()
 
 
-def test_a_response_without_the_answer_is_refused():
+def test_a_response_without_the_answer_is_refused(checkpoint):
     with pytest.raises(ValueError, match="lacks {answer}"):
-        parse_options(Config, ["--model", "m", "--data", "d", "--response", "yes"], {})
+        parse_options(SftConfig, ["--model", checkpoint, "--data", "d", "--response", "yes"])
+
+
+def test_the_default_rate_is_that_of_the_papers_sft_and_not_the_one_of_grpo(checkpoint):
+    assert parse_options(SftConfig, ["--model", checkpoint, "--data", "d"]).learning_rate == 1e-5

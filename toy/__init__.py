@@ -1,31 +1,56 @@
-"""A small world and a small model that train in minutes on two CPU cores: the default of `python train.py`.
+"""A small world and a small model that train in minutes on two CPU cores: what `python train.py` runs by default.
 
-Scenes of coloured shapes on a noisy ground (`scenes.py`), questions that mean exactly one of them, boxes as the truth.
-Everything is the real thing, only small (`model.py`): the class Qwen2_5_VLForConditionalGeneration, its image
-processor, a chat template, a tokenizer, images and JSONL on disk in VLM-R1's format. So the toy takes every path that a
-3B model takes.
+`scenes.py` draws coloured shapes on a noisy ground and asks for exactly one of them; the answer is its box. Everything
+else is the real thing in small (`model.py`): the class Qwen2_5_VLForConditionalGeneration, its image processor, a chat
+template, a tokenizer, images and JSONL files in VLM-R1's format. So the toy takes every path that a 3B model takes.
 
-`weights/` holds the start. SFT on carelessly wide boxes (every side pushed out by 5 to 45%) taught it to answer in
-format and to find the object, but not its edges. Imitating wide boxes cannot tighten them; a reward computed from the
-true box can.
+`weights/` holds the start. SFT on loose boxes (every side pushed out by 5 to 45% of the object's size) taught it the
+format and where the object is, but not where its edges are. Imitating loose boxes cannot tighten them; a reward
+computed from the true box can. docs/toy.md tells the whole story.
+
+This file imports neither numpy nor torch, because the commands import it before they parse their options.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
-RESPONSE = "<think>{question}</think><answer>{answer}</answer>"
-HOME = Path(__file__).parent
-DATA = HOME / "data"
+HOME = Path(__file__).resolve().parent
 MODEL = HOME / "weights"
+DATA = HOME / "data"
+FILES = {name: DATA / f"{name}.jsonl" for name in ("train", "test", "pairs", "relations")}
+RESPONSE = "<think>{question}</think><answer>{answer}</answer>"
+MIN_PIXELS, MAX_PIXELS = 16 * 16, 256 * 256  # a scene of 64 x 64 keeps its size
 
-# What the entry points take for defaults when no --model is given; their own are VLM-R1's recipe for real models.
-_HELD_OUT = [
-    str(DATA / f"{name}.jsonl") for name in ("test", "pairs", "relations")
-]  # the first picks the best checkpoint
-_SHARED = {"template": "plain", "max_completion_tokens": 24, "min_pixels": 16 * 16, "max_pixels": 256 * 256}
-_TRAINING = {**_SHARED, "data": [str(DATA / "train.jsonl")], "image_root": [str(DATA)], "eval_data": _HELD_OUT,
-             "eval_image_root": [str(DATA)], "row_tokens": "400", "eval_batch_size": 64}  # fmt: skip
-PRESETS = {
-    "train": {**_TRAINING, "steps": 300, "learning_rate": 3e-4, "beta": 0.0, "eval_every": 100},
-    "sft": {**_TRAINING, "steps": 300, "learning_rate": 3e-4, "response": RESPONSE},
-    "eval": {**_SHARED, "data": _HELD_OUT[:1], "image_root": [str(DATA)], "batch_size": 64},
+# The options that each command takes if no --model is given; the commands' own defaults are VLM-R1's recipe.
+_SHARED = {
+    "model": str(MODEL),
+    "image_root": str(DATA),
+    "template": "plain",
+    "max_completion_tokens": 24,  # an answer takes 16 to 21
+    "min_pixels": MIN_PIXELS,
+    "max_pixels": MAX_PIXELS,
 }
+_TRAINING = {
+    **_SHARED,
+    "data": str(FILES["train"]),
+    "eval_data": [str(FILES[name]) for name in ("test", "pairs", "relations")],  # the first decides what is best
+    "steps": 300,
+    "learning_rate": 3e-4,
+    "row_tokens": 400,
+    "eval_batch_size": 64,
+}
+PRESETS = {
+    # `format` pays only for an answer that ends; under `rec_format` the toy soon stops ending its answers.
+    "train": {**_TRAINING, "beta": 0.0, "eval_every": 100, "rewards": ["iou", "format"]},
+    "sft": {**_TRAINING, "response": RESPONSE},
+    "eval": {**_SHARED, "data": [str(FILES["test"])], "batch_size": 64},
+}
+
+
+def ensure_data(files: Iterable[str]) -> None:
+    """Writes the toy's data if one of these data files belongs to it and is missing."""
+    missing = [path for path in FILES.values() if not path.exists()]
+    if any(Path(file).resolve() in missing for file in files):
+        from toy.scenes import write_data  # here, since it takes numpy and Pillow
+
+        write_data()

@@ -1,5 +1,7 @@
 """The toy's model: a Qwen2.5-VL of 1.1 million parameters, its tokenizer and its processor."""
 
+import re
+
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -11,6 +13,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from model.vlm import image_only
+from toy import MAX_PIXELS, MIN_PIXELS
 from toy.scenes import COLOURS, RELATIONS, SHAPES, SIDE, SIZES
 
 SPECIAL = [
@@ -22,7 +25,8 @@ SPECIAL = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
-PIECES = ["<think>", "</think>", "<answer>", "</answer>", '{"bbox_2d": [', "]}", ", "]
+ANSWER_PARTS = ["<think>", "</think>", "<answer>", "</answer>", '{"bbox_2d": [', "]}", ", "]
+WORDS = ["the", "user", "assistant", *SIZES, *COLOURS, *SHAPES, *" ".join(RELATIONS).split()]  # "of" is in it twice
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
@@ -31,52 +35,80 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word (its leading space included), per number to 64 and per tag; any other text by characters."""
-    words = ["the", "user", "assistant", *SIZES, *COLOURS, *SHAPES, *(w for r in RELATIONS for w in r.split())]
-    pieces = [*SPECIAL, "<unk>", *PIECES, *(form for word in dict.fromkeys(words) for form in (word, f" {word}")),
-              *(str(number) for number in range(SIDE + 1)), "\n", *map(chr, range(32, 127))]  # fmt: skip
+    """One token per word (with the space before it), per number up to 64, per tag, and per character of other text."""
+    pieces = [*SPECIAL, "<unk>", *ANSWER_PARTS]
+    for word in WORDS:
+        pieces += [word, f" {word}"]
+    pieces += [str(number) for number in range(SIDE + 1)]
+    pieces += ["\n", *map(chr, range(32, 127))]  # all that is printable in ASCII
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tags = "|".join("".join(f"\\{c}" if not c.isalnum() else c for c in piece) for piece in PIECES)
-    names = "|".join(sorted(dict.fromkeys(words), key=len, reverse=True))
-    # A word counts only where it ends, so that "these" is not "the" and two letters; likewise a number.
-    pattern = rf"{tags}| ?(?:{names})(?![a-z])|(?:6[0-4]|[1-5]?[0-9])(?![0-9])|[\s\S]"
+
+    tags = "|".join(map(re.escape, ANSWER_PARTS))
+    words = "|".join(dict.fromkeys(WORDS))
+    numbers = "|".join(str(number) for number in range(SIDE + 1))
+    # A word or a number counts only where it ends: "these" is not "the" and two letters, and 640 is not 64 and 0.
+    pattern = rf"{tags}| ?(?:{words})(?![a-z])|(?:{numbers})(?![0-9])|[\s\S]"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<unk>",
-        additional_special_tokens=SPECIAL[1:2] + SPECIAL[3:], padding_side="left", chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<unk>",
+        additional_special_tokens=[token for token in SPECIAL if token not in ("<|im_end|>", "<|endoftext|>")],
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def build_processor() -> Qwen2_5_VLProcessor:
-    """Qwen's processor with patches of 8 x 8 pixels, merged by 2: a scene is 16 image tokens."""
+    """Qwen's processor with patches of 8 x 8 pixels, of which 2 x 2 become one token: a scene takes 16."""
     images = Qwen2VLImageProcessorPil(
-        patch_size=8, temporal_patch_size=2, merge_size=2, min_pixels=16 * 16, max_pixels=256 * 256
+        patch_size=8, temporal_patch_size=2, merge_size=2, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS
     )
     return image_only(Qwen2_5_VLProcessor)(images, build_tokenizer(), chat_template=CHAT_TEMPLATE)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
-    """An untrained Qwen2.5-VL of 1.1 million parameters: 4 decoder layers of 128, 2 vision blocks of 96."""
+    """An untrained Qwen2.5-VL of 1.1 million parameters: 4 decoder layers of width 128, 2 vision blocks of width 96."""
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
-    rope = {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 7, 7]}
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096,
-            "rope_parameters": rope, "initializer_range": 0.05, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 4096,
+            # Prompts are short: at a base of 10 a rotation takes 6 to 54 positions. A head of 32 has 16 rotations,
+            # shared out to time, height and width.
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 7, 7]},
+            "initializer_range": 0.05,  # the usual 0.02 is for layers that are much wider
+            "bos_token_id": None,
+            "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
         },
         vision_config={
-            "depth": 2, "hidden_size": 96, "num_heads": 4, "intermediate_size": 192, "patch_size": 8,
-            "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": SIDE, "out_hidden_size": 128,
-            "fullatt_block_indexes": [0, 1], "initializer_range": 0.05,
+            "depth": 2,
+            "hidden_size": 96,
+            "num_heads": 4,
+            "intermediate_size": 192,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": SIDE,
+            "out_hidden_size": 128,
+            "fullatt_block_indexes": [0, 1],
+            "initializer_range": 0.05,
         },
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = ids["<|im_end|>"]

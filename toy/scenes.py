@@ -1,8 +1,12 @@
-"""Scenes of coloured shapes, questions that mean exactly one of them, and data files in VLM-R1's format."""
+"""Scenes of coloured shapes, questions that fit exactly one of them, and data files in VLM-R1's format.
+
+Coordinates are pixels, x to the right and y downwards. All randomness comes from the generator that is passed in, so
+the same seed writes the same files.
+"""
 
 import json
-import os
-import shutil
+import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,193 +16,254 @@ from tqdm import tqdm
 
 from toy import DATA
 
-SIDE = 64  # pixels of a scene, both ways
-COLOURS = {"red": (214, 40, 40), "green": (44, 160, 44), "blue": (40, 80, 220), "yellow": (235, 215, 40),
-           "purple": (150, 60, 190), "orange": (245, 140, 20)}  # fmt: skip
+SIDE = 64  # width and height of a scene
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (44, 160, 44),
+    "blue": (40, 80, 220),
+    "yellow": (235, 215, 40),
+    "purple": (150, 60, 190),
+    "orange": (245, 140, 20),
+}
 SHAPES = ("circle", "square", "triangle")
-SIZES = {"small": (10, 14), "large": (20, 28)}  # pixels a side
+SIZES = {"small": (10, 14), "large": (20, 28)}  # smallest and largest width and height
+# The direction from the other shape to the target; their centres must be more than CLEAR_DISTANCE apart along it.
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-UNSEEN_PAIRS = frozenset({("red", "triangle"), ("blue", "circle"), ("yellow", "square")})  # kept for the split "pairs"
+CLEAR_DISTANCE = 6
+UNSEEN_PAIRS = frozenset({("red", "triangle"), ("blue", "circle"), ("yellow", "square")})  # in the split "pairs" only
+
+# The attributes that a question names, with the share of questions that try them first.
+NAMED_ATTRIBUTES = (("colour", "shape"), ("size", "colour", "shape"), ("shape",), ("size", "shape"))
+NAMED_SHARES = (0.45, 0.35, 0.1, 0.1)
+
+Box = tuple[int, int, int, int]  # x1, y1, x2, y2: the shape covers the pixels x1..x2-1 and y1..y2-1
 
 
 @dataclass(frozen=True)
 class Shape:
+    """A coloured shape and where it lies."""
+
     colour: str
     shape: str
     size: str
-    box: tuple[int, int, int, int]  # x1, y1, x2, y2: the pixels drawn are x1..x2-1
+    box: Box
 
     @property
     def centre(self) -> tuple[float, float]:
-        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+        x1, y1, x2, y2 = self.box
+        return (x1 + x2) / 2, (y1 + y2) / 2
+
+    def named_by(self, attributes: Iterable[str]) -> str:
+        """The words for these attributes, as in "small red circle"."""
+        return " ".join(getattr(self, attribute) for attribute in attributes)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the scenes and questions of a split are like."""
+
+    fewest: int = 2  # shapes in a scene; the most is four
+    questions: int = 1  # about each scene at most
+    relations: float = 0.0  # share of the questions that name the target by its place beside another shape
+    unseen_pairs: bool = False  # ask for a colour and shape that no other split holds
+    loose: bool = False  # give loose boxes as the truth
+
+
+# ---- scenes --------------------------------------------------------------------------------------------------------
 
 
 def draw_scene(rng: np.random.Generator, *, fewest: int = 2, unseen_pairs: bool = False) -> list[Shape]:
-    """Up to four shapes that do not touch; with `unseen_pairs` the first has a colour and shape never trained on."""
-    count, shapes = rng.integers(fewest, 5), []
+    """Up to four shapes that do not touch; with `unseen_pairs` the first one, and only that, is an unseen pair."""
+    count = rng.integers(fewest, 5)
+    shapes: list[Shape] = []
     while len(shapes) < count:
-        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
-        if ((colour, shape) in UNSEEN_PAIRS) != (unseen_pairs and not shapes):
+        wants_unseen_pair = unseen_pairs and not shapes
+        colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
+        if ((colour, shape) in UNSEEN_PAIRS) != wants_unseen_pair:
             continue
-        size = rng.choice(list(SIZES))
-        width, height = rng.integers(SIZES[size][0], SIZES[size][1] + 1, 2)
+        size = str(rng.choice(list(SIZES)))
+        least, most = SIZES[size]
+        width, height = rng.integers(least, most + 1, 2)
         x, y = rng.integers(1, SIDE - width), rng.integers(1, SIDE - height)
         box = (int(x), int(y), int(x + width), int(y + height))
-        if all(_apart(box, other.box) for other in shapes):
-            shapes.append(Shape(str(colour), str(shape), str(size), box))
-        elif rng.random() < 0.02:  # the scene may be too full for one more
+        if all(_are_apart(box, other.box) for other in shapes):
+            shapes.append(Shape(colour, shape, size, box))
+        elif rng.random() < 0.02:  # gives up after 50 tries on average: the scene may have no room for another shape
             count = max(fewest, len(shapes))
     return shapes
 
 
-def _apart(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
+def _are_apart(a: Box, b: Box) -> bool:
+    a_left, a_top, a_right, a_bottom = a
+    b_left, b_top, b_right, b_bottom = b
+    return a_right < b_left or b_right < a_left or a_bottom < b_top or b_bottom < a_top
 
 
 def paint_scene(rng: np.random.Generator, shapes: list[Shape]) -> Image.Image:
-    """The scene as an image: shapes on a ground lit from the upper left, noise over all of it."""
-    # The light tells where a patch lies: redder to the right, bluer downwards. A tower this small, with nothing but
-    # relative positions, would otherwise spend most of its training on learning to read a place off its borders.
+    """The scene as an image: shapes on a ground whose colour changes from place to place, under noise."""
+    # The ground gets redder to the right and bluer downwards, so a patch shows where it lies. The vision tower knows
+    # relative positions only; one this small would spend most of its training on finding a place from the borders.
     x, y = np.meshgrid(np.arange(SIDE), np.arange(SIDE))
-    ground = np.stack([60 + 1.5 * x, np.full_like(x, rng.integers(80, 120)), 60 + 1.5 * y], 2)
+    green = np.full_like(x, rng.integers(80, 120))
+    ground = np.stack([60 + 96 * x / SIDE, green, 60 + 96 * y / SIDE], axis=2)
     image = Image.fromarray(ground.astype(np.uint8))
     pen = ImageDraw.Draw(image)
     for shape in shapes:
-        x1, y1, x2, y2 = shape.box[0], shape.box[1], shape.box[2] - 1, shape.box[3] - 1  # PIL's corners are inclusive
+        left, top, right, bottom = shape.box
+        right, bottom = right - 1, bottom - 1  # Pillow's corners belong to the shape
+        colour = COLOURS[shape.colour]
         if shape.shape == "circle":
-            pen.ellipse((x1, y1, x2, y2), COLOURS[shape.colour])
+            pen.ellipse((left, top, right, bottom), colour)
         elif shape.shape == "square":
-            pen.rectangle((x1, y1, x2, y2), COLOURS[shape.colour])
+            pen.rectangle((left, top, right, bottom), colour)
         else:
-            pen.polygon(((x1, y2), (x2, y2), ((x1 + x2) // 2, y1)), COLOURS[shape.colour])
+            pen.polygon(((left, bottom), (right, bottom), ((left + right) // 2, top)), colour)
     noise = rng.normal(0, 8, (SIDE, SIDE, 1))
     return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
 
 
+# ---- questions -----------------------------------------------------------------------------------------------------
+
+
 def attribute_question(rng: np.random.Generator, shapes: list[Shape], target: Shape) -> str | None:
-    """Words that mean the target alone: its shape, mostly its colour, often its size; None if two look alike."""
-    forms = [(True, False), (True, True), (False, False), (False, True)]  # colour named, size named
-    for index in rng.choice(len(forms), len(forms), replace=False, p=[0.45, 0.35, 0.1, 0.1]):
-        colour, size = forms[index]
-        alike = [
-            other
-            for other in shapes
-            if other.shape == target.shape
-            and (not colour or other.colour == target.colour)
-            and (not size or other.size == target.size)
-        ]
-        if len(alike) == 1:
-            return " ".join(["the", *[target.size] * size, *[target.colour] * colour, target.shape])
+    """A question such as "the small red circle" that fits the target alone; None if another shape looks the same."""
+    order = rng.choice(len(NAMED_ATTRIBUTES), len(NAMED_ATTRIBUTES), replace=False, p=NAMED_SHARES)
+    for index in order:
+        attributes = NAMED_ATTRIBUTES[index]
+        words = target.named_by(attributes)
+        if sum(shape.named_by(attributes) == words for shape in shapes) == 1:
+            return f"the {words}"
     return None
 
 
 def relation_question(rng: np.random.Generator, shapes: list[Shape], target: Shape) -> str | None:
-    """The target by its place beside another shape, as in "the circle left of the green square"; None if ambiguous."""
+    """A question such as "the circle left of the green square" that fits the target alone; None if there is none."""
     for index in rng.permutation(len(shapes)):
         other = shapes[index]
-        if other is target or sum((s.colour, s.shape) == (other.colour, other.shape) for s in shapes) > 1:
+        other_words = other.named_by(("colour", "shape"))
+        is_unique = sum(shape.named_by(("colour", "shape")) == other_words for shape in shapes) == 1
+        if other is target or not is_unique:
             continue
-        for name in rng.permutation(list(RELATIONS)):
-            there = [s for s in shapes if s is not other and s.shape == target.shape and _stands(s, str(name), other)]
-            if there == [target]:
-                return f"the {target.shape} {name} the {other.colour} {other.shape}"
+        alike = [shape for shape in shapes if shape.shape == target.shape and shape is not other]
+        for relation in rng.permutation(list(RELATIONS)):
+            if [shape for shape in alike if _holds(str(relation), shape, other)] == [target]:
+                return f"the {target.shape} {relation} the {other_words}"
     return None
 
 
-def _stands(a: Shape, relation: str, b: Shape) -> bool:
+def _holds(relation: str, shape: Shape, other: Shape) -> bool:
     across, down = RELATIONS[relation]
-    return across * (a.centre[0] - b.centre[0]) + down * (a.centre[1] - b.centre[1]) > 6
+    (x, y), (other_x, other_y) = shape.centre, other.centre
+    return across * (x - other_x) + down * (y - other_y) > CLEAR_DISTANCE
 
 
-def loosened(rng: np.random.Generator, box: tuple[int, ...]) -> list[int]:
-    """The box as a careless annotator draws it: every side pushed out by 5 to 45% of the object's size."""
-    width, height = box[2] - box[0], box[3] - box[1]
-    out = rng.uniform(0.05, 0.45, 4) * (width, height, width, height)
-    x1, y1, x2, y2 = box[0] - out[0], box[1] - out[1], box[2] + out[2], box[3] + out[3]
-    return [round(max(0, x1)), round(max(0, y1)), round(min(SIDE, x2)), round(min(SIDE, y2))]
+def loosened(rng: np.random.Generator, box: Box) -> list[int]:
+    """The box as a careless annotator draws it: every side is pushed out by 5 to 45% of the object's size."""
+    x1, y1, x2, y2 = box
+    width, height = x2 - x1, y2 - y1
+    left, top, right, bottom = rng.uniform(0.05, 0.45, 4) * (width, height, width, height)
+    loose = (x1 - left, y1 - top, x2 + right, y2 + bottom)
+    return [round(min(max(side, 0), SIDE)) for side in loose]
 
 
-def write_split(
-    directory: Path,
-    name: str,
-    num_scenes: int,
-    seed: int,
-    *,
-    relations: float = 0.0,
-    unseen_pairs: bool = False,
-    loose: bool = False,
-    fewest: int = 2,
-    questions: int = 1,
-) -> Path:
-    """Images and a JSONL of VLM-R1's format; `relations` is the share of questions by relation."""
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def write_split(directory: Path, name: str, num_scenes: int, seed: int, recipe: Recipe | None = None) -> Path:
+    """Writes the images to directory/name and the questions to directory/name.jsonl; returns the path of the latter."""
+    recipe = recipe or Recipe()
     rng = np.random.default_rng(seed)
-    (directory / name).mkdir(parents=True, exist_ok=True)
-    lines = []
+    records = []
     for number in tqdm(range(num_scenes), f"scenes of {name}", delay=5):
-        asked = []
-        while not asked:
-            shapes = draw_scene(rng, fewest=fewest, unseen_pairs=unseen_pairs)
-            targets = shapes[:1] if unseen_pairs else [shapes[i] for i in rng.permutation(len(shapes))[:questions]]
-            for target in targets:
-                ask = relation_question if rng.random() < relations else attribute_question
-                asked.append((ask(rng, shapes, target), target))
-            asked = [(text, target) for text, target in asked if text]
-        image = f"{name}/{number:05d}.png"
-        paint_scene(rng, shapes).save(directory / image, compress_level=1)
-        for text, target in asked:
-            box = loosened(rng, target.box) if loose else list(target.box)
-            turns = [{"from": "human", "value": f"<image>{text}"}, {"from": "gpt", "value": json.dumps(box)}]
-            lines.append(json.dumps({"id": f"{name}-{len(lines):05d}", "image": image, "conversations": turns}))
-    path = directory / f"{name}.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+        shapes, questions = _draw_questions(rng, recipe)
+        image = _write_image(directory, f"{name}/{number:05d}.png", paint_scene(rng, shapes))
+        for question, target in questions:
+            box = loosened(rng, target.box) if recipe.loose else target.box
+            record = {"id": f"{name}-{len(records):05d}", "image": image}
+            records.append(record | {"conversations": _conversation(question, json.dumps(box))})
+    return _write_records(directory / f"{name}.jsonl", records)
+
+
+def _draw_questions(rng: np.random.Generator, recipe: Recipe) -> tuple[list[Shape], list[tuple[str, Shape]]]:
+    """A scene, and its questions with their targets; a scene that no question fits is drawn again."""
+    while True:
+        shapes = draw_scene(rng, fewest=recipe.fewest, unseen_pairs=recipe.unseen_pairs)
+        if recipe.unseen_pairs:
+            targets = shapes[:1]
+        else:
+            targets = [shapes[index] for index in rng.permutation(len(shapes))[: recipe.questions]]
+        questions = []
+        for target in targets:
+            ask = relation_question if rng.random() < recipe.relations else attribute_question
+            question = ask(rng, shapes, target)
+            if question:
+                questions.append((question, target))
+        if questions:
+            return shapes, questions
 
 
 def write_detection_split(directory: Path, name: str, num_scenes: int, seed: int, *, absent: int = 1) -> Path:
-    """Images and a JSONL that asks for every object of one or two classes in the scene and of `absent` that are not.
+    """Writes a split that asks for all objects of one or two classes in the scene, and of `absent` that are not in it.
 
-    One question in five asks for absent classes alone, so that its answer is None.
+    One question in five asks for absent classes alone, and its answer is None.
     """
     rng = np.random.default_rng(seed)
-    (directory / name).mkdir(parents=True, exist_ok=True)
     classes = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    lines = []
+    records = []
     for number in range(num_scenes):
         shapes = draw_scene(rng)
-        present = sorted({f"{s.colour} {s.shape}" for s in shapes})
-        chosen = [str(c) for c in rng.permutation(present)[: 0 if rng.random() < 0.2 else rng.integers(1, 3)]]
-        missing = [str(c) for c in rng.permutation([c for c in classes if c not in present])[:absent]]
-        asked = [str(c) for c in rng.permutation(chosen + missing)]
-        found = [{"bbox_2d": list(s.box), "label": f"{s.colour} {s.shape}"} for s in shapes]
-        found = [item for item in found if item["label"] in asked]
-        image = f"{name}/{number:05d}.png"
-        paint_scene(rng, shapes).save(directory / image, compress_level=1)
-        turns = [
-            {"from": "human", "value": "<image>all of: " + ", ".join(asked)},
-            {"from": "gpt", "value": f"```json\n{json.dumps(found)}\n```" if found else "None"},
-        ]
-        record = {
-            "id": f"{name}-{number:05d}",
-            "image": image,
-            "conversations": turns,
-            "accu_reward_method": "odLength",
-        }
-        lines.append(json.dumps(record))
-    path = directory / f"{name}.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        labels = [shape.named_by(("colour", "shape")) for shape in shapes]
+        present = rng.permutation(sorted(set(labels)))
+        num_present = 0 if rng.random() < 0.2 else rng.integers(1, 3)
+        missing = rng.permutation([label for label in classes if label not in labels])[:absent]
+        asked = [str(label) for label in rng.permutation([*present[:num_present], *missing])]
+        image = _write_image(directory, f"{name}/{number:05d}.png", paint_scene(rng, shapes))
+        found = [{"bbox_2d": s.box, "label": label} for s, label in zip(shapes, labels, strict=True) if label in asked]
+        answer = f"```json\n{json.dumps(found)}\n```" if found else "None"
+        record = {"id": f"{name}-{number:05d}", "image": image}
+        record["conversations"] = _conversation("all of: " + ", ".join(asked), answer)
+        records.append(record | {"accu_reward_method": "odLength"})
+    return _write_records(directory / f"{name}.jsonl", records)
+
+
+def _conversation(question: str, answer: str) -> list[dict]:
+    return [{"from": "human", "value": f"<image>{question}"}, {"from": "gpt", "value": answer}]
+
+
+def _write_image(directory: Path, name: str, image: Image.Image) -> str:
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, compress_level=1)
+    return name
+
+
+def _write_records(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
 
 def write_data(directory: Path = DATA) -> None:
-    """The splits of the default run, a few seconds; what is there already is left alone."""
-    if directory.exists():
-        return
-    partial = directory.with_name(f"{directory.name}.{os.getpid()}")  # other processes may be writing the same
-    write_split(partial, "train", 3000, seed=1)
-    write_split(partial, "test", 256, seed=2)
-    write_split(partial, "pairs", 256, seed=3, unseen_pairs=True)
-    write_split(partial, "relations", 256, seed=4, relations=1.0)
+    """Writes the splits of the default run, in a few seconds; what exists stays as it is."""
+    directory.mkdir(parents=True, exist_ok=True)
+    # Several processes may write at once: each writes into a directory of its own and moves what is complete.
+    with tempfile.TemporaryDirectory(dir=directory) as partial:
+        splits = (
+            write_split(Path(partial), "train", 3000, seed=1),
+            write_split(Path(partial), "test", 256, seed=2),
+            write_split(Path(partial), "pairs", 256, seed=3, recipe=Recipe(unseen_pairs=True)),
+            write_split(Path(partial), "relations", 256, seed=4, recipe=Recipe(relations=1.0)),
+        )
+        for path in splits:
+            # The images move first, so that a JSONL file never names images that are still to come.
+            _move(path.with_suffix(""), directory)
+            _move(path, directory)
+
+
+def _move(source: Path, directory: Path) -> None:
+    target = directory / source.name
     try:
-        partial.rename(directory)
-    except OSError:  # another process was first; the files are the same
-        shutil.rmtree(partial)
+        if not target.exists():
+            source.rename(target)
+    except OSError:  # another process was first, with the same content
+        if not target.exists():
+            raise
