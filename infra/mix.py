@@ -131,6 +131,9 @@ def check_file(file: DataFile, source: str) -> None:
         check_plugin(spec)
     if len(set(file.rewards)) < len(file.rewards):
         raise ValueError(f"{source}: rewards {' '.join(file.rewards)} name one twice: give it a weight instead")
+    names = [spec.rpartition(":")[2] for spec in file.rewards]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{source}: rewards {' '.join(file.rewards)} end in one name, which the log cannot tell apart")
     if len(file.weights) != len(file.rewards):
         raise ValueError(f"{source}: {len(file.weights)} weights for {len(file.rewards)} rewards: give one each")
     if not all(map(math.isfinite, file.weights)):

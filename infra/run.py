@@ -1,5 +1,6 @@
 """One object that holds what a training run is; train.py and sft.py spell out a step each and leave the rest to it."""
 
+import itertools
 import math
 import os
 import sys
@@ -65,9 +66,12 @@ class Run:
     blank: Prompt  # a small image that a rank adds to a row when it has none
     generator: torch.Generator | None = None  # draws the completions of the step in progress
     figures: dict[str, float] = field(default_factory=dict)  # what the step in progress has measured so far
-    recent: deque = field(default_factory=lambda: deque(maxlen=RECENT))  # the figures of the last steps
+    recent: deque = field(init=False)  # the figures of the last steps
     warned: set[str] = field(default_factory=set)  # causes that the user has been warned about
     stopped: bool = False
+
+    def __post_init__(self) -> None:
+        self.recent = deque(maxlen=max(RECENT, self.config.max_bad_steps))
 
     # ---- the loop ----
 
@@ -177,11 +181,10 @@ class Run:
         if self.world.first:
             tqdm.write(f"warning: step {self.step} has a loss or gradient that is not finite: no update, see {path}")
             append_rows(path, [{"step": self.step, **row, "samples": samples}])
-        bad = {row["step"] for row in read_rows(path)} | {self.step}  # the others may read before rank 0 has written
-        limit = self.config.max_bad_steps
-        if all(step in bad for step in range(self.step - limit + 1, self.step + 1)):
+        in_a_row = list(itertools.takewhile(lambda figures: figures["skipped_updates"], reversed(self.recent)))
+        if len(in_a_row) >= self.config.max_bad_steps:
             raise ValueError(
-                f"{limit} steps in a row, the last of them {self.step}, without a finite loss and gradient: {path} "
+                f"{len(in_a_row)} steps in a row, the last of them {self.step}, without a finite loss and gradient: {path} "
                 f"names their samples. The weights are unchanged; the last good checkpoint is {self.keeper.newest()}. "
                 "Look at the samples, lower --learning_rate, or allow more with --max_bad_steps"
             )

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -19,7 +18,7 @@ from data import Sample
 from infra import checkpoint as checkpoint_file
 from infra.config import TrainConfig
 from infra.options import parse_options
-from infra.parallel import World
+from infra.parallel import World, free_port
 from infra.run import Run
 from infra.runlog import LOGS, read_rows
 from model.vlm import Prompt, blank_prompt, trainable
@@ -127,19 +126,16 @@ def full(tensor):
 
 
 def spawn(job, count, *arguments):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(job, (port, *arguments), nprocs=count)
+    """Runs job(rank, port, *arguments) in that many processes."""
+    mp.spawn(job, (free_port(), *arguments), nprocs=count)
 
 
-def join(rank, size, port, per_node=0):
-    """Describes this process's place as torchrun would, for `process_group`."""
+def set_rank(rank, size, port, per_node=0):
+    """Sets the variables by which torchrun would tell this process its place; `process_group` reads them."""
     per_node = per_node or size
-    ranks = {"RANK": rank, "LOCAL_RANK": rank % per_node, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": per_node}
-    os.environ.update(
-        {name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    numbers = {"RANK": rank, "LOCAL_RANK": rank % per_node, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": per_node}
+    numbers["MASTER_PORT"] = port
+    os.environ.update({name: str(number) for name, number in numbers.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
 
 

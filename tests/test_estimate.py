@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ALONE, CONFIG, join, make_model, spawn
+from helpers import ALONE, CONFIG, make_model, set_rank, spawn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -94,15 +94,15 @@ def weigh_run(config, world):
             terms.append((allocated() - steady, estimate[names[1]]))
     terms.append((steady - before, estimate[names[0]]))
     if not config.lora_rank:  # with adapters the policy without them is the reference
-        reference = load_reference(config, world).eval()
+        reference = load_reference(config, world)
         terms.append((allocated() - steady, estimate[names[2]]))
-        del reference
+        del reference  # it had to be alive until here
     return [(real, gigabytes * 1e9) for real, gigabytes in terms]
 
 
 def weigh(rank, port, checkpoint, directory):
     """What each kind of run really holds in two processes, beside the estimate."""
-    join(rank, 2, port)
+    set_rank(rank, 2, port)
     found = {}
     with process_group(bf16=True) as world:
         for dtype, lora_rank in itertools.product(("fp32", "bf16"), (0, 8)):

@@ -89,8 +89,8 @@ def test_evaluation_files_are_known_by_name_with_the_entry_that_names_them(tmp_p
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 REFUSED = [  # what the first of two entries has besides "file", and what the message says
-    ({"file": ""}, "entry 1: \"file\" is ''"),
-    ({"file": 3}, 'entry 1: "file" is 3'),
+    ({"file": ""}, 'entry 1: it has no "file": the path of a data file is expected'),
+    ({"file": 3}, 'entry 1: "file" is 3: a text is expected'),
     ({"tempalte": "rec"}, "entry 1: unknown key 'tempalte': did you mean 'template'?"),
     ({"reward": "iou"}, "entry 1: unknown key 'reward': did you mean 'rewards'?"),
     ({"zzz": 1}, "entry 1: unknown key 'zzz': the keys are file, image_root,"),
@@ -112,7 +112,6 @@ REFUSED = [  # what the first of two entries has besides "file", and what the me
     ({"image_root": None}, "entry 1: \"image_root\" is None: a text is expected"),
     ({"template": ["rec"]}, "entry 1: \"template\" is ['rec']: a text is expected"),
     ({"eval_image_root": 3}, "entry 1: \"eval_image_root\" is 3: a text is expected"),
-    ({"share": True}, 'entry 1: "share" is True: a number above 0 is expected'),
     ({"rewards": ["mth"]}, "entry 1: reward 'mth' is unknown"),
     ({"template": "rek"}, "entry 1: template 'rek' is unknown"),
 ]

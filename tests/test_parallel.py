@@ -1,7 +1,6 @@
 """parallel.py and the exactness of a step: two processes against one, any cut into rows, images on one rank only."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ from helpers import (
     Recorder,
     adamw_steps,
     full,
-    join,
     learn,
     make_completions,
     make_model,
@@ -22,6 +20,7 @@ from helpers import (
     make_rollout,
     make_run,
     relative_difference,
+    set_rank,
     spawn,
     step_gradients,
 )
@@ -76,7 +75,7 @@ def reward_error(world):
 
 def two_processes(rank, port, directory):
     """Everything that needs two ranks, in one job, since starting one takes seconds; results go to files."""
-    join(rank, 2, port)
+    set_rank(rank, 2, port)
     directory = Path(directory)
     with process_group(bf16=False) as world:
         results = {
@@ -179,7 +178,7 @@ def single(tmp_path_factory):
 
 def four_processes(rank, port, checkpoint, directory):
     """Two nodes of two, as torchrun would describe them; only the first rank of all reads the checkpoint."""
-    join(rank, 4, port, per_node=2)
+    set_rank(rank, 4, port, per_node=2)
     loaded, real = [], AutoModelForImageTextToText.from_pretrained
     vlm.AutoModelForImageTextToText.from_pretrained = lambda *a, **o: loaded.append(rank) or real(*a, **o)
     results = {}

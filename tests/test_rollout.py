@@ -67,7 +67,7 @@ def test_gradient_checkpointing_changes_nothing(processor):
     assert difference < 1e-6 and gradient < 1e-6
 
 
-def test_positions_that_go_on_through_all_completions_fail_the_comparison(model, processor, monkeypatch):
+def test_positions_that_continue_through_all_completions_fail_the_comparison(model, processor, monkeypatch):
     def not_restarted(*arguments):
         row = pack_row(*arguments)
         positions = row.inputs["position_ids"].clone()

@@ -475,7 +475,7 @@ def test_a_reward_that_fails_in_an_evaluation_is_answered_as_in_training(checkpo
     (tmp_path / "mine.py").write_text("def bad(completion, answer):\n    return float('inf')\n")
     argv = argv_of(checkpoint, scenes, "--rewards", f"{tmp_path}/mine.py:bad", "--steps", "1")
     if answer == "stop":
-        with pytest.raises(ValueError, match="sample .*bad gave inf, no finite number.* 6 of 6 answers"):
+        with pytest.raises(ValueError, match="sample .*bad gave inf, which is not a finite number.* 6 of 6 answers"):
             run_here(argv, tmp_path / "out")
         return
     run_here([*argv, "--on_reward_error", "zero"], tmp_path / "out")
