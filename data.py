@@ -1,18 +1,19 @@
 """Samples, prompt texts and their order; the only module that reads data files and images.
 
-Two formats of VLM-R1 are read: its training JSONL ({"image", "conversations"}) and its evaluation JSON (a list of
-{"image", "problem", "solution"}). Whatever is wrong with a file is said before training, with file, line and remedy.
-What is doubtful (a key given twice, NaN, a box that cannot be read) is refused and not guessed.
-Left out: parquet, hub data sets, video, colour profiles.
+docs/data.md shows the formats. Anything wrong with a file is refused before training, with the file, the line and the
+remedy; doubtful input (a key given twice, NaN, a box that cannot be read) is refused rather than guessed.
+Left out: parquet, hub data sets, video, colour profiles, conversations of several turns, system messages.
 """
 
 import codecs
+import functools
 import json
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ from tqdm import tqdm
 
 IMAGE_MARK = "<image>"  # where an image stands in a question; without marks the images come first, as in VLM-R1
 
-# {question} is the sample's own text. "rec", "default", "detection" and "base" are the prompts VLM-R1 trains and
-# evaluates with, to the letter, since a base model's score depends on them; "plain" leaves the question alone.
+# {question} is the sample's own text. "rec", "default", "detection" and "base" are the prompts that VLM-R1 trains and
+# evaluates with, to the letter, because a base model's score depends on them; "plain" leaves the question alone.
 TEMPLATES = {
     "rec": "{question} First output the thinking process in <think> </think> tags and then output the final answer in "
     "<answer> </answer> tags. Output the final answer in JSON format.",
@@ -40,222 +41,217 @@ TEMPLATES = {
 _SAME_NAME = ("mcq", "yes_no", "math", "default", "weighted_sum", "od_ap", "od_ap50", "all_match")
 VLM_R1_METHODS = {"odLength": "od_length", **{name: name for name in _SAME_NAME}}
 
-# Headers opened before training; beyond it an even share is, and the rest is checked when drawn (0.2 ms an image).
-MAX_HEADERS = 10_000
-MAX_LINE = 1_000_000  # bytes: no prompt is that long; an image written into the line is
-
-# What Pillow may open. Its other plugins are for files no data set holds; the one for EPS runs an interpreter.
+QUESTION_KEYS = ("conversations", "messages", "prompt", "problem")  # the first that a record has counts
+OTHER_KEYS = {"solution", "id", "image", "images", "accu_reward_method"}  # what a record holds besides is extra
+SPEAKERS = (("human", "user", None), ("gpt", "assistant", None))  # of the question and of the answer
+MAX_HEADERS = 10_000  # images opened before training, evenly spread; a run checks the others as it uses them
+MAX_SAMPLE = 1_000_000  # bytes; only an image written into the file makes a sample longer
+# What Pillow may open. Its other plugins read files that no data set holds, and the one for EPS runs an interpreter.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "MPO")
+_TOO_LONG = f"more than {MAX_SAMPLE:,} bytes; name an image by its path instead of writing it into the file"
+_OUTSIDE = "leads out of the image root {root}; give the root it lies under, or allow it with --allow_outside_root"
+_LISTED = re.compile(r"[\[{]\s*[^\]}\s]")  # a bracket that holds something
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used, found only while running: its image does not decode, its box leaves the image."""
+    """A sample that turns out to be unusable during the run: its image does not decode, its box leaves the image."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     id: str
-    question: str  # the user's text, images marked or not, template not yet applied
+    question: str  # the user's text, before the template; it may mark where its images stand
     answer: str  # the truth without <answer> tags; boxes in pixels of the (first) original image
-    images: tuple[str, ...]  # paths, none for a text question
-    reward: str  # name of the accuracy reward if the file names one for this sample, else ""
-    has_boxes: bool  # whether `answer` holds boxes, which then move into the space the model answers in
-    source: str  # "file.jsonl:12", for messages
-    root: str = ""  # the real path that the images must lie under; "" for anywhere
-    file: int = 0  # which of the run's data files it is from, or is evaluated like
+    images: tuple[str, ...]  # paths; empty for a question without images
+    reward: str  # name of the accuracy reward, if the file names one for this sample
+    has_boxes: bool  # whether `answer` holds boxes, which move into the space the model answers in
+    source: str  # "file.jsonl:12" or "file.json, item 7", for messages
+    root: str = ""  # the real path that the images must lie under; "" allows any
+    file: int = 0  # number of the run's data file that it comes from or is evaluated like
+    extra: dict = field(default_factory=dict, hash=False)  # the record's other keys, for rewards that want them
 
 
+# ---- samples from files --------------------------------------------------------------------------------------------
 def read_samples(
-    path: str | Path,
-    image_root: str | Path,
-    *,
-    has_boxes: bool = True,
-    allow_outside_root: bool = False,
-    file: int = 0,
+    path: str | Path, image_root: str | Path, *, has_boxes: bool = True, allow_outside_root: bool = False, file: int = 0
 ) -> list[Sample]:
     """The samples of a JSONL or JSON file, checked as far as the file alone allows.
 
-    `has_boxes` says whether a list of four numbers is a box; a {"bbox_2d": ...} always is. `file` is put down in each.
+    `has_boxes` says whether a list of four numbers is a box; a {"bbox_2d": ...} always is. Each sample keeps `file`.
     """
-    path, root = Path(path), Path(image_root)
+    path, image_root = Path(path), Path(image_root)
     if not path.is_file():
         raise ValueError(f"{path}: no such data file; give --data the path of a .jsonl or .json file")
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such directory; give --image_root the one that the images of {path} lie under")
-    inside = "" if allow_outside_root else os.path.realpath(root)
-    shared = {}  # many samples ask about one image: they share its path
-    options = {"root": str(root), "inside": inside, "has_boxes": has_boxes, "shared": shared, "file": file}
-    samples = [_read_sample(record, f"{path}:{line}", **options) for line, record in _records(path)]
+    if not image_root.is_dir():
+        raise ValueError(f"{image_root}: no such directory; give --image_root the one that holds the images of {path}")
+    root = "" if allow_outside_root else os.path.realpath(image_root)
+    samples, shared = [], {}  # many samples ask about one image or have the same extras: they share them
+    for place, record in _records(path):
+        try:
+            fields = _read_record(record, has_boxes)
+        except ValueError as error:
+            raise ValueError(f"{path}{place}: {error}") from error
+        images = tuple([os.path.join(image_root, name) for name in fields["images"]])
+        fields["images"] = shared.setdefault(images, images)
+        fields["extra"] = shared.setdefault(repr(fields["extra"]), fields["extra"])
+        fields["id"] = f"{path.name}{place}" if fields["id"] is None else str(fields["id"])
+        samples.append(Sample(**fields, source=f"{path}{place}", root=root, file=file))
     if not samples:
-        raise ValueError(f"{path}: holds no sample; one JSON object a line is expected")
+        raise ValueError(f"{path}: holds no sample; one JSON object per line is expected")
     return samples
 
 
-def _records(path: Path) -> Iterator[tuple[int, object]]:
-    """(line, record) of each JSON object: one a line, or those of a file that is one list, which are counted."""
+def _records(path: Path) -> Iterator[tuple[str, object]]:
+    """(":12", record) of each line, or (", item 7", record) of each item if the file holds one list."""
     with open(path, "rb") as file:
-        listed = None
-        for line, raw in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
-            raw = raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
-            if not raw.strip():
-                continue
-            listed = raw.lstrip().startswith(b"[") if listed is None else listed
-            if listed:
-                file.seek(0)
-                yield from _listed_records(_utf8(file.read(), str(path)).removeprefix("\ufeff"), path)
-                return
-            if len(raw) > MAX_LINE:
+        start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+        file.seek(0)
+        if start.startswith(b"["):
+            for number, item in enumerate(_parsed(file.read(), str(path)), 1):
+                if len(repr(item)) > MAX_SAMPLE:
+                    raise ValueError(f"{path}, item {number}: {_TOO_LONG}")
+                yield f", item {number}", item
+            return
+        count = 0
+        for line, raw in enumerate(iter(lambda: file.readline(MAX_SAMPLE + 1), b""), 1):
+            if len(raw) > MAX_SAMPLE:
                 raise ValueError(f"{path}:{line}: {_TOO_LONG}")
-            yield line, _parsed(_utf8(raw, f"{path}:{line}"), 0, f"{path}:{line}")[0]
+            if raw.removeprefix(codecs.BOM_UTF8).strip():
+                count += 1
+                yield f":{line}", _parsed(raw, f"{path}:{line}")
+    if count == 1 and path.suffix == ".json":
+        raise ValueError(f"{path}: holds one object; a .json file holds a list of them: [{{...}}, {{...}}]")
 
 
-def _listed_records(text: str, path: Path) -> Iterator[tuple[int, object]]:
-    number, at = 0, _SPACES.match(text, text.index("[") + 1).end()
-    while not text.startswith("]", at):
-        number += 1
-        record, at = _parsed(text, at, f"{path}:{number}", ",]")
-        yield number, record
-        at = _SPACES.match(text, at + 1).end() if text[at] == "," else at
-
-
-def _parsed(text: str, at: int, source: str, follows: str = "") -> tuple[object, int]:
-    """The JSON value that starts there, and where the next thing does: one of `follows`, or nothing."""
+def _parsed(raw: bytes, source: str) -> object:
     try:
-        value, end = _DECODER.raw_decode(text, _SPACES.match(text, at).end())
-    except (ValueError, RecursionError) as error:  # ValueError: a number of 5,000 digits, and what _DECODER refuses
-        raise ValueError(f"{source}: not JSON: {error}; each line must hold one JSON object") from error
-    if end - at > MAX_LINE:
-        raise ValueError(f"{source}: {_TOO_LONG}")
-    after = _SPACES.match(text, end).end()
-    if text[after : after + 1] not in (set(follows) or {""}):
-        raise ValueError(f"{source}: not JSON: {_short(text[after : after + 20])} follows the object; a line holds one")
-    return value, after
-
-
-def _utf8(raw: bytes, source: str) -> str:
-    try:
-        return raw.decode("utf-8")
+        text = raw.removeprefix(codecs.BOM_UTF8).decode()
+        value = _DECODER.decode(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # half a surrogate pair cannot be written: this refuses it
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, and what the two hooks refuse
+        raise ValueError(f"{source}: not JSON: {error}; write one JSON object per line, or one list") from error
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"two values for the key {_short(max(names, key=names.count))}")
+    record, names = dict(pairs), [name for name, _ in pairs]
+    if len(record) < len(names):
+        raise ValueError(f"two values for the key {_short(max(names, key=names.count))} in {_short(record)}")
     return record
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
-_TOO_LONG = f"more than {MAX_LINE:,} bytes; an image is named by its path and not written into the file"
-_SPACES = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
-_TRUTH = json.JSONDecoder(object_pairs_hook=_unique)  # of the text of an answer
+_TRUTH = json.JSONDecoder(object_pairs_hook=_unique)  # for an answer's text, where NaN makes a box impossible
 
 
 def _short(value: object) -> str:
-    """A value as a message shows it, whatever the file holds."""
+    """A value of the file, short enough for a message."""
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-def _read_sample(
-    record: object, source: str, *, root: str, inside: str, has_boxes: bool, shared: dict[tuple, tuple], file: int
-) -> Sample:
+def _read_record(record: object, has_boxes: bool) -> dict:
+    """What a record says, as fields of a Sample: images as it names them, and None for an id that it lacks."""
     if not isinstance(record, dict):
-        raise ValueError(f"{source}: a {type(record).__name__} where an object is expected: {_short(record)}")
-    if "conversations" in record:
-        question, answer = _first_exchange(record["conversations"], source)
-    elif "problem" in record and "solution" in record:
-        question, answer = record["problem"], record["solution"]
-    else:
-        raise ValueError(
-            f'{source}: neither "conversations" nor "problem" and "solution" among the keys {_short(sorted(record))}'
-        )
+        raise ValueError(f"a {type(record).__name__} where an object is expected: {_short(record)}")
+    key = next((key for key in QUESTION_KEYS if key in record), None)
+    if key is None:
+        raise ValueError(f"none of {', '.join(QUESTION_KEYS)} is among the keys {_short(sorted(record))}")
+    question, answer = _question_and_answer(record, key)
+    names, marks = _image_names(record), question.count(IMAGE_MARK)
+    if marks not in (0, len(names)):
+        raise ValueError(f"{marks} {IMAGE_MARK} marks for {len(names)} images; mark each image once or none")
+    method = record.get("accu_reward_method") or ""
+    if method and method not in list(VLM_R1_METHODS):  # a list, because the method may be one too
+        raise ValueError(f'"accu_reward_method" {_short(method)} is unknown: one of {", ".join(VLM_R1_METHODS)}')
+    return {
+        "id": record.get("id"),
+        "question": question,
+        "answer": answer,
+        "images": names,
+        "reward": VLM_R1_METHODS.get(method, ""),
+        "has_boxes": _holds_boxes(answer, bare=has_boxes, has_reward=bool(method)),
+        "extra": {name: value for name, value in record.items() if name != key and name not in OTHER_KEYS},
+    }
+
+
+def _question_and_answer(record: dict, key: str) -> tuple[str, str]:
+    """The text of the question, with its images marked, and the truth."""
+    contents = _turn_contents(record[key], key) if isinstance(record[key], list) else [record[key]]
+    if "solution" in record:
+        contents.append(record["solution"])
+    if len(contents) != 2:
+        raise ValueError(f'{len(contents)} turns in "{key}" and "solution"; one question and one answer are expected')
+    question, answer = map(_joined, contents)
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"{source}: the question is {_short(question)}; a text is expected")
+        raise ValueError(f"the question is {_short(question)}; a text is expected")
     text = answer if isinstance(answer, str) else json.dumps(answer)
     text = text.replace("<answer>", "").replace("</answer>", "").strip()
-    if answer is None or not text:
-        raise ValueError(f"{source}: the answer is {_short(answer)}; there is nothing to compare a completion with")
-    names = record.get("image", [])
+    if answer is None or not text or (IMAGE_MARK in text and isinstance(contents[1], list)):
+        raise ValueError(f"the answer is {_short(answer)}; a text to compare a completion with is expected")
+    return question, text
+
+
+def _turn_contents(turns: list, key: str) -> list[object]:
+    """What each turn says; the first must be the user's, and a second one the assistant's."""
+    if not all(isinstance(turn, dict) and ("value" in turn or "content" in turn) for turn in turns):
+        raise ValueError(f'"{key}" is {_short(turns)}; a list of turns with a "value" or "content" is expected')
+    speakers = [turn.get("from", turn.get("role")) for turn in turns]
+    if "system" in speakers:
+        raise ValueError("a system message; put its text into --template and remove it from the file")
+    if any(speaker not in names for speaker, names in zip(speakers, SPEAKERS, strict=False)):
+        raise ValueError(f'turns by {_short(speakers)}; "human" or "user" asks and "gpt" or "assistant" answers')
+    return [turn.get("value", turn.get("content")) for turn in turns]
+
+
+def _joined(content: object) -> object:
+    """The text of a turn that is a list of parts, as TRL writes it, with a mark for each image; or the turn itself."""
+    parts = content if isinstance(content, list) else []
+    if not parts or not all(isinstance(part, dict) and part.get("type") in ("text", "image") for part in parts):
+        return content
+    return "".join(IMAGE_MARK if part["type"] == "image" else str(part.get("text") or "") for part in parts)
+
+
+def _image_names(record: dict) -> list[str]:
+    if "image" in record and "images" in record:
+        raise ValueError('both "image" and "images" are given; keep the one that names the images')
+    key = "images" if "images" in record else "image"
+    names = record.get(key, [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name and "\0" not in name for name in names):
-        raise ValueError(f'{source}: "image" is {_short(names)}; a path, a list of paths, or no such key is expected')
-    marks = question.count(IMAGE_MARK)
-    if marks not in (0, len(names)):
-        raise ValueError(f"{source}: {marks} {IMAGE_MARK} marks for {len(names)} images; mark each image once or none")
-    reward, name = record.get("accu_reward_method", ""), str(record.get("id", source))
-    if reward and not (isinstance(reward, str) and reward in VLM_R1_METHODS):
-        raise ValueError(
-            f'{source}: "accu_reward_method" {_short(reward)} is unknown: one of {", ".join(VLM_R1_METHODS)}'
-        )
-    try:
-        "".join((name, question, text, *names)).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{source}: half a surrogate pair, {_short(error.object[error.start])}, is no text; write the character"
-        ) from error
-    images = tuple([os.path.join(root, name) for name in names])
-    return Sample(
-        id=name,
-        question=question,
-        answer=text,
-        images=shared.setdefault(images, images),
-        reward=VLM_R1_METHODS[reward] if reward else "",
-        has_boxes=_holds_boxes(text, source, bare=has_boxes, reward=reward),
-        source=source,
-        root=inside,
-        file=file,
-    )
+        raise ValueError(f'"{key}" is {_short(names)}; a path, a list of paths, or no such key is expected')
+    return names
 
 
-def _holds_boxes(answer: str, source: str, *, bare: bool, reward: str) -> bool:
-    """Whether the truth holds boxes; refuses those that are none, and what would be read for a box but not be moved."""
+def _holds_boxes(answer: str, *, bare: bool, has_reward: bool) -> bool:
+    """Whether the truth holds boxes; refuses impossible boxes, and text that a reward would take for boxes."""
     boxes = answer_boxes(answer, bare=bare)
-    for box in boxes or ():
-        if not (all(abs(side) < 1e9 for side in box) and box[0] < box[2] and box[1] < box[3]):
-            raise ValueError(
-                f"{source}: box {_short(box)} has swapped corners or no area; "
-                "[x1, y1, x2, y2] with x1 < x2 and y1 < y2 is expected"
-            )
-    if boxes is None and ("bbox_2d" in answer or bare and not reward and _LISTED.search(answer)):
+    for x1, y1, x2, y2 in boxes or ():
+        if not (all(abs(side) < 1e9 for side in (x1, y1, x2, y2)) and x1 < x2 and y1 < y2):
+            reason = f"box {_short([x1, y1, x2, y2])} has swapped corners or no area; [x1, y1, x2, y2] is expected"
+            if min(x1, y1) >= 0 and min(x2, y2) > 0:
+                reason += f". If this is x, y, width, height, write {_short([x1, y1, x1 + x2, y1 + y2])}"
+            raise ValueError(reason)
+    if boxes is None and ("bbox_2d" in answer or (bare and not has_reward and _LISTED.search(answer))):
         raise ValueError(
-            f"{source}: the answer {_short(answer)} seems to hold boxes and is none: [x1, y1, x2, y2] alone or a list "
-            'of {"bbox_2d": [x1, y1, x2, y2], "label": ...} is expected; a text is for a reward that reads no boxes'
+            f"the answer {_short(answer)} seems to hold boxes but cannot be read; write [x1, y1, x2, y2] or a list of "
+            '{"bbox_2d": [x1, y1, x2, y2], "label": ...}, or choose a reward that reads no boxes'
         )
     return boxes is not None
-
-
-_LISTED = re.compile(r"[\[{]\s*[^\]}\s]")  # a bracket that holds something
-
-
-def _first_exchange(turns: object, source: str) -> tuple[object, object]:
-    if (
-        not isinstance(turns, list)
-        or len(turns) < 2
-        or not all(isinstance(t, dict) and "value" in t for t in turns[:2])
-    ):
-        raise ValueError(
-            f'{source}: "conversations" must hold the question\'s turn and the answer\'s, each with a "value"'
-        )
-    if len(turns) > 2:
-        raise ValueError(f"{source}: {len(turns)} turns; one question and one answer are trained on, so split the line")
-    speakers = [turn.get("from") for turn in turns]
-    if speakers[0] not in (None, "human", "user") or speakers[1] not in (None, "gpt", "assistant"):
-        raise ValueError(f'{source}: the turns are "from" {_short(speakers)}; "human" asks first, then "gpt" answers')
-    return turns[0]["value"], turns[1]["value"]
 
 
 def answer_boxes(answer: str, *, bare: bool = True) -> list[list[float]] | None:
     """The boxes of a truth: one for "[x1, y1, x2, y2]", all of a list of {"bbox_2d": ...}; None if it holds none."""
     try:
         value = _TRUTH.decode(unfence(answer))
-    except (ValueError, RecursionError):  # ValueError: no JSON, a key given twice, a number of 5,000 digits
+    except (ValueError, RecursionError):  # ValueError: not JSON, a key given twice, a number of 5,000 digits
         return None
     if bare and _is_box(value):
         return [value]
@@ -265,8 +261,8 @@ def answer_boxes(answer: str, *, bare: bool = True) -> list[list[float]] | None:
     return None
 
 
-def move_answer_boxes(answer: str, move) -> str:
-    """The truth with each of its boxes replaced by move(box); labels and fence are kept."""
+def move_answer_boxes(answer: str, move: Callable[[list[float]], list[float]]) -> str:
+    """The truth with each of its boxes replaced by move(box); labels and fence stay."""
     value = json.loads(unfence(answer))
     if _is_box(value):
         return json.dumps(move(value))
@@ -277,20 +273,18 @@ def move_answer_boxes(answer: str, move) -> str:
 
 def unfence(text: str) -> str:
     """What stands inside the ```json fence of a truth, or the text itself."""
-    if "```" not in text:
-        return text.strip()
-    return text.split("```")[1].removeprefix("json").strip()
+    return text.split("```")[1].removeprefix("json").strip() if "```" in text else text.strip()
 
 
 def _is_box(value: object) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(type(side) in (int, float) for side in value)
 
 
-def check_samples(samples: list[Sample], *, progress: bool = False) -> None:
-    """Refuses missing images, paths out of their root, unreadable headers and boxes outside their image.
+# ---- checks before training ----------------------------------------------------------------------------------------
+def check_samples(samples: list[Sample], *, boxes: bool = True, progress: bool = False) -> dict[str, tuple[int, int]]:
+    """(width, height) of the images opened, by path; refuses missing or broken images and, with `boxes`, boxes outside.
 
-    In the order of the samples, with file, line, value and remedy. Costs a listing of each directory and MAX_HEADERS
-    small reads, whatever the number of samples.
+    Costs one listing of each directory and at most MAX_HEADERS small reads, however many samples there are.
     """
     faults = _path_faults(samples)
     for sample in samples:
@@ -300,71 +294,55 @@ def check_samples(samples: list[Sample], *, progress: bool = False) -> None:
             if (path, sample.root) in faults:
                 raise ValueError(f"{sample.source}: {_short(path)} {faults[path, sample.root]}")
     paths = list(dict.fromkeys(path for sample in samples for path in sample.images))
-    stride = -(-len(paths) // MAX_HEADERS) if paths else 1
-    sizes = {}
-    with ThreadPoolExecutor(8) as pool:  # headers are waited for on a network disk, not computed
-        checked = paths[::stride]
+    checked = paths[:: max(1, math.ceil(len(paths) / MAX_HEADERS))]
+    with ThreadPoolExecutor(8) as pool:  # on a network disk a header is a wait, not a computation
         reads = tqdm(pool.map(_header_size, checked), "image headers", len(checked), disable=not progress, delay=5)
-        for path, size in zip(checked, reads, strict=True):
-            sizes[path] = size
+        sizes = dict(zip(checked, reads, strict=True))
     for sample in samples:
         for path in sample.images:
             if isinstance(sizes.get(path), str):
-                raise ValueError(f"{sample.source}: {path} is no image ({sizes[path]}); replace it or drop the line")
-        if sample.images and sample.images[0] in sizes:
+                raise ValueError(f"{sample.source}: {path} is no image ({sizes[path]}); replace it or drop the sample")
+        if boxes and sample.images and sample.images[0] in sizes:
             check_boxes(sample, sizes[sample.images[0]])
+    return sizes
 
 
 def _path_faults(samples: list[Sample]) -> dict[tuple[str, str], str]:
-    """(path, root) -> what is wrong, of those that are no files or do not lie under their root."""
-    wanted = {}
-    for sample in samples:
-        for path in sample.images:
-            directory, _, name = path.rpartition("/")
-            wanted.setdefault((directory, sample.root), set()).add(name)
-    faults = {}
-    for (directory, root), names in wanted.items():
-        files, links = _list_files(directory, names)
-        outside = not _lies_under(directory, root)
-        for name in names:
-            path = f"{directory}/{name}"
-            if outside or (name in links and not _lies_under(path, root)):
-                faults[path, root] = _OUTSIDE.format(root=root)
-            elif name not in files:
-                faults[path, root] = "is no file; check the image root and the name"
+    """(path, root) -> what is wrong, for each path that is no file or does not lie under its root."""
+    faults, list_files, lies_under = {}, functools.cache(_list_files), functools.cache(_lies_under)
+    wanted = frozenset(path.rpartition("/")[2] for sample in samples for path in sample.images)
+    for path, root in ((path, sample.root) for sample in samples for path in sample.images):
+        directory, _, name = path.rpartition("/")
+        files = list_files(directory, wanted)
+        is_file = os.path.isfile(path) if files is None else name in files
+        is_link = files is None or files.get(name, False)
+        if not lies_under(directory, root) or (is_link and not lies_under(path, root)):
+            faults[path, root] = _OUTSIDE.format(root=root)
+        elif not is_file:
+            hint = '; a path made on Windows must have "/" for each backslash' if "\\" in path else ""
+            faults[path, root] = f"is no file; check the image root and the name{hint}"
     return faults
 
 
-_OUTSIDE = "leads out of the image root {root}; give the root it lies under, or ask for it with --allow_outside_root"
-
-
-def _list_files(directory: str, names: set[str]) -> tuple[set[str], set[str]]:
-    """Those of the names that are files in the directory, and those of them that are links."""
-    # One listing instead of a question per file, which on a network disk is a round trip each.
-    files, links = set(), set()
-    try:
+def _list_files(directory: str, wanted: frozenset[str]) -> dict[str, bool] | None:
+    """Whether each of these files is a link, for those in the directory; None if it cannot be listed."""
+    try:  # one listing: on a network disk a question per file is a round trip each
         with os.scandir(directory) as entries:
-            for entry in entries:
-                if entry.name not in names:
-                    continue
-                if entry.is_symlink():
-                    links.add(entry.name)
-                if entry.is_file():
-                    files.add(entry.name)
-    except OSError:  # no such directory, a link to itself, a directory whose files may be opened and not listed
-        return {name for name in names if os.path.isfile(os.path.join(directory, name))}, names
-    return files, links
+            return {entry.name: entry.is_symlink() for entry in entries if entry.name in wanted and entry.is_file()}
+    except OSError:
+        return None
 
 
 def _lies_under(path: str, root: str) -> bool:
-    """Whether the file or directory that the path leads to, links followed, lies under that real path."""
+    """Whether the path, with its links followed, leads to something under that real path."""
     return not root or os.path.commonpath((os.path.realpath(path), root)) == root
 
 
 def check_boxes(sample: Sample, size: tuple[int, int]) -> None:
-    """Refuses a sample of which a true box leaves its image; one pixel beyond is rounding."""
+    """Refuses a sample whose true box leaves its image; one pixel beyond the edge is rounding."""
     width, height = size
-    for x1, y1, x2, y2 in (answer_boxes(sample.answer) or []) if sample.has_boxes else []:
+    boxes = answer_boxes(sample.answer) if sample.has_boxes else None
+    for x1, y1, x2, y2 in boxes or ():
         if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1:
             raise BadSample(
                 f"{sample.source}: box {[x1, y1, x2, y2]} leaves its image of {width} x {height} pixels; "
@@ -376,40 +354,35 @@ def _header_size(path: str) -> tuple[int, int] | str:
     """(width, height) as shown, or the reason why there is none."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return _shown_size(image)
-    except Exception as error:  # Pillow's plugins raise whatever broken bytes lead them into: OSError, KeyError, ...
+            # getexif decodes a whole PNG to look for a block behind the pixels; Image.open has read those before them.
+            before = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys()
+            exif = image.getexif() if image.format != "PNG" or before else {}
+            sideways = exif.get(0x0112) in (5, 6, 7, 8) and image.format != "TIFF"  # a TIFF is turned by Image.open
+            return image.size[::-1] if sideways else image.size
+    except Exception as error:  # broken bytes make Pillow's plugins raise anything: OSError, KeyError, SyntaxError
         return f"{type(error).__name__}: {error}"
 
 
-def _shown_size(image: Image.Image) -> tuple[int, int]:
-    if image.format == "TIFF":  # opening has turned it
-        return image.size
-    # getexif decodes a whole PNG in search of a block that may follow the pixels; opening has read what precedes them.
-    before = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys()
-    exif = image.getexif() if image.format != "PNG" or before else {}
-    sideways = exif.get(0x0112) in (5, 6, 7, 8)  # orientations turned by a quarter
-    return image.size[::-1] if sideways else image.size
-
-
+# ---- images --------------------------------------------------------------------------------------------------------
 def load_image(path: str, root: str = "") -> Image.Image:
-    """The image as a viewer shows it, in RGB; BadSample if it does not decode or no longer lies under that root."""
+    """The image as a viewer shows it, in RGB; BadSample if it does not decode or no longer lies under the root."""
     if root and not _lies_under(path, root):
         raise BadSample(f"{_short(path)} {_OUTSIDE.format(root=root)}")
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return _as_shown(image)
-    except Exception as error:  # as above
+    except Exception as error:  # as in _header_size
         raise BadSample(f"{path} does not decode: {type(error).__name__}: {error}") from error
 
 
 def _as_shown(image: Image.Image) -> Image.Image:
-    """RGB: turned upright, the first frame, 16 bits scaled to 8, transparency on white."""
+    """RGB: upright, the first frame, 16 bits scaled to 8, transparency on white."""
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     image = ImageOps.exif_transpose(image)
-    if sixteen:  # convert() would cut off at 255, that is turn nearly everything white
+    if sixteen:  # convert() would clip at 255 and turn nearly everything white
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode!r} has no white; save it with 8 or 16 bits")
+        raise ValueError(f"mode {image.mode!r} does not say what white is; save the image with 8 or 16 bits")
     if not image.has_transparency_data:
         return image.convert("RGB")
     layered = image.convert("RGBA")
@@ -418,42 +391,37 @@ def _as_shown(image: Image.Image) -> Image.Image:
     return shown
 
 
+# ---- prompts -------------------------------------------------------------------------------------------------------
 def template_text(template: str) -> str:
     """The template of that name, or the text itself if it holds {question}."""
-    if template in TEMPLATES:
-        return TEMPLATES[template]
-    if "{question}" in template:
-        return template
-    raise ValueError(
-        f"template {template!r} is unknown: one of {', '.join(TEMPLATES)}, or a text that holds {{question}}"
-    )
+    if template not in TEMPLATES and "{question}" not in template:
+        raise ValueError(
+            f"template {template!r} is unknown: one of {', '.join(TEMPLATES)}, or a text with {{question}}"
+        )
+    return TEMPLATES.get(template, template)
 
 
 def chat_messages(sample: Sample, template: str) -> list[dict]:
-    """The one user turn of a sample: images that lead (or are not marked) first, the template around the rest."""
+    """The one user turn of a sample: leading or unmarked images first, then the question inside the template."""
     text, leading = sample.question, 0 if IMAGE_MARK in sample.question else len(sample.images)
     while text.startswith(IMAGE_MARK):
         text, leading = text.removeprefix(IMAGE_MARK).lstrip("\n"), leading + 1
     text = IMAGE_MARK * leading + template_text(template).replace("{question}", text)
-    content = []
-    for number, part in enumerate(text.split(IMAGE_MARK)):
-        content += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": part}] * bool(part)
-    return [{"role": "user", "content": content}]
+    first, *rest = text.split(IMAGE_MARK)
+    content = [{"type": "text", "text": first}]
+    for part in rest:
+        content += [{"type": "image"}, {"type": "text", "text": part}]
+    return [{"role": "user", "content": [part for part in content if part.get("text") != ""]}]
 
 
+# ---- order ---------------------------------------------------------------------------------------------------------
 def step_indices(num_samples: int, per_step: int, step: int, seed: int) -> list[int]:
-    """Indices of the samples of a step, counted from 0: a new permutation each epoch, nothing dropped in between.
-
-    A function of the position alone, so a resumed run goes on where it stopped and any number of processes agrees.
-    """
+    """The indices of a step's samples: a new permutation each epoch, the same on every process and after a resume."""
     return _shuffled(range(step * per_step, (step + 1) * per_step), num_samples, (seed,))
 
 
 def mixed_indices(sizes: list[int], shares: list[float], per_step: int, step: int, seed: int) -> list[int]:
-    """Indices of a step's samples, by file, among the samples of all files one after the other.
-
-    Each file is shuffled and repeated by itself, as step_indices does it, and gives what share_out says.
-    """
+    """Indices into the samples of all files in a row; each file is shuffled by itself and gives what share_out says."""
     before, after = (share_out(count * per_step, shares) for count in (step, step + 1))
     indices = []
     for file, size in enumerate(sizes):
@@ -463,12 +431,11 @@ def mixed_indices(sizes: list[int], shares: list[float], per_step: int, step: in
 
 
 def share_out(total: int, shares: list[float]) -> list[int]:
-    """Whole numbers that add up to the total, each next to its share of it (Sainte-Lague's rounding).
+    """Whole numbers that add up to the total, each close to its share of it (Sainte-Lague's rounding).
 
-    A larger total takes from none, which largest remainders would: so the counts of a step, the difference of two
-    totals, are a function of the step, and what one step rounds away the next ones give back.
+    No number falls when the total grows (with largest remainders it may), so a step takes the difference of two totals.
     """
-    # All differ from their quota by at most (files + 1) / 2, so the search may begin that far below it.
+    # A number differs from its quota by at most (files + 1) / 2, so the search may begin that far below it.
     counts = [max(0, int(total * share / sum(shares)) - len(shares)) for share in shares]
     while sum(counts) < total:
         claims = [share / (2 * count + 1) for share, count in zip(shares, counts, strict=True)]

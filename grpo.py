@@ -1,17 +1,17 @@
-"""The algorithm as functions of tensors: advantages, loss, and log-probs without a [tokens, vocabulary] tensor.
+"""The algorithm as functions of tensors: advantages and the clipped, KL-penalised loss.
 
 Nothing here knows models, text, files or processes: each function lifts out with `import torch` alone.
 The loss takes its denominators as arguments, so the losses of micro-batches and ranks add up to the loss of the whole
-optimizer step; nobody has to know how the step was cut.
+optimizer step, however the step is cut.
 
-Shapes: N completions in the batch given, C tokens of the longest completion, H hidden size, V vocabulary, T tokens.
+Shapes: N completions in the batch given, C tokens of the longest completion.
 """
 
 import torch
 from torch import Tensor
 
-# A log-ratio beyond this is no longer a policy update: exp(20) is 5e8, and fp32 overflows at 88. Clamped, it has no
-# gradient.
+# A log-ratio beyond this is clamped and gets no gradient: exp(20) is 5e8, no longer a policy update, and fp32 overflows
+# at 88.
 MAX_LOG_RATIO = 20.0
 VARIANTS = ("grpo", "dapo", "dr_grpo", "gspo")
 
@@ -25,7 +25,7 @@ def group_advantages(
 ) -> Tensor:
     """Advantage of each completion within its group, [N]: (reward - mean) / (standard deviation + eps).
 
-    The deviation is the unbiased one and eps is 1e-4, as in VLM-R1. `scale=False` leaves out the division (Dr. GRPO).
+    The standard deviation is unbiased and eps is 1e-4, as in VLM-R1. `scale=False` skips the division (Dr. GRPO).
     """
     if group_size < 2:
         raise ValueError(f"group_size {group_size}: an advantage compares completions, so a group needs at least 2")
@@ -35,13 +35,13 @@ def group_advantages(
     advantages = groups - groups.mean(1, keepdim=True)
     if scale:
         advantages = advantages / (groups.std(1, keepdim=True) + eps)
-    # Rounding leaves 1e-8 in the mean of equal rewards; the difference is noise, not preference, so it is exactly zero.
+    # Rounding leaves 1e-8 in the mean of equal rewards. That is noise, not preference, so it becomes exactly zero.
     equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
     return torch.where(equal, torch.zeros_like(advantages), advantages).view(-1)
 
 
 def k3_divergence(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Estimate of KL(policy || reference) per token, >= 0 and unbiased (http://joschu.net/blog/kl-approx.html)."""
+    """Unbiased, non-negative estimate of KL(policy || reference) per token (http://joschu.net/blog/kl-approx.html)."""
     difference = (ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return difference.exp() - difference - 1
 
@@ -53,17 +53,17 @@ def token_weights(
     num_tokens: int | Tensor,
     max_completion_tokens: int | None = None,
 ) -> Tensor:
-    """What each token's loss is multiplied by before all are added up, [N, C] in float64."""
+    """The weight of each token in the sum that is the loss, [N, C] in float64."""
     ones = mask.double()
     if variant == "dapo":  # arXiv 2503.14476: a token weighs the same in a long completion as in a short one
         return ones / num_tokens
-    if variant == "dr_grpo":  # arXiv 2503.20783: a constant, so that no length is favoured
+    if variant == "dr_grpo":  # arXiv 2503.20783: a constant, so no length is favoured
         if max_completion_tokens is None:
             raise ValueError(
                 'variant "dr_grpo" divides by max_completion_tokens, which is None: pass the limit drawn to'
             )
         return ones / (num_completions * max_completion_tokens)
-    # An empty completion adds nothing, and no 0 / 0.
+    # clamp: an empty completion must add nothing instead of 0 / 0.
     return ones / (mask.sum(1, keepdim=True).clamp(min=1) * num_completions)
 
 
@@ -96,11 +96,11 @@ def grpo_loss(
             "needs both, no penalty neither"
         )
     assert logprobs.shape == old_logprobs.shape == mask.shape and advantages.shape == mask.shape[:1]
-    lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]; an empty completion adds nothing, and no 0 / 0
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
     num_completions = len(mask) if num_completions is None else num_completions
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
 
-    # What stands in the padding must not matter, not even NaN: zero the difference there before anything else.
+    # The padding must not matter, even if it holds NaN: zero the difference there before anything else.
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # [N, C]
     if variant == "gspo":  # the mean log-ratio of the completion, on each of its tokens (arXiv 2507.18071, eq. 7)
         log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(log_ratio)
@@ -116,17 +116,18 @@ def grpo_loss(
     weights = token_weights(mask, variant, num_completions, num_tokens, max_completion_tokens).to(token_loss.dtype)
     loss = (token_loss * weights).sum()
 
-    def token_mean(values: Tensor) -> Tensor:
-        return (torch.where(mask, values, 0.0).sum() / num_tokens).detach()
-
-    # VLM-R1 logs the opposite of a clip fraction (tokens whose unclipped term was chosen); these are the clipped ones.
-    beyond = (torch.where(mask, logprobs - old_logprobs, 0.0).abs() > MAX_LOG_RATIO) | (
-        ref_logprobs is not None and (torch.where(mask, ref_logprobs - logprobs, 0.0).abs() > MAX_LOG_RATIO)
-    )
+    clamped = torch.where(mask, logprobs - old_logprobs, 0.0).abs() > MAX_LOG_RATIO
+    if ref_logprobs is not None:
+        clamped = clamped | (torch.where(mask, ref_logprobs - logprobs, 0.0).abs() > MAX_LOG_RATIO)
+    per_token = {
+        "kl": kl,
+        "clamped": clamped,
+        # VLM-R1 logs the opposite of a clip fraction (tokens whose unclipped term counts); these are the clipped ones.
+        "clip_low": (ratio < 1 - clip_low) & (advantage < 0),
+        "clip_high": (ratio > 1 + clip_high) & (advantage > 0),
+    }
     figures = {
-        "kl": token_mean(kl),
-        "clamped": token_mean(beyond.to(ratio.dtype)),
-        "clip_low": token_mean(((ratio < 1 - clip_low) & (advantage < 0)).to(ratio.dtype)),
-        "clip_high": token_mean(((ratio > 1 + clip_high) & (advantage > 0)).to(ratio.dtype)),
+        name: (torch.where(mask, values.to(ratio.dtype), 0.0).sum() / num_tokens).detach()
+        for name, values in per_token.items()
     }
     return loss, figures

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from metrics.summary import headline, summarize
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ProcessorMixin
@@ -37,6 +36,7 @@ from infra.prompts import PromptFeed, load_run_samples
 from infra.rows import Row, pack_rows
 from infra.runlog import RunLog, append_rows, open_run, read_rows
 from infra.stop import StopSignal
+from metrics.summary import headline, summarize
 from model.vlm import Prompt, banned_token_ids, blank_prompt, check_special_tokens, eos_token_ids, trainable
 from rollout import see_images, tower_is_frozen
 
@@ -184,7 +184,7 @@ class Run:
         in_a_row = list(itertools.takewhile(lambda figures: figures["skipped_updates"], reversed(self.recent)))
         if len(in_a_row) >= self.config.max_bad_steps:
             raise ValueError(
-                f"{len(in_a_row)} steps in a row, the last of them {self.step}, without a finite loss and gradient: {path} "
+                f"{len(in_a_row)} steps in a row, the last of them {self.step}, without a finite update: {path} "
                 f"names their samples. The weights are unchanged; the last good checkpoint is {self.keeper.newest()}. "
                 "Look at the samples, lower --learning_rate, or allow more with --max_bad_steps"
             )

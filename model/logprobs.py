@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits that `linear_logprobs` holds at once, in elements: what stays in a CPU's cache, what fills a GPU.
+# How many logits a block holds: few enough for a CPU's cache, enough to fill a GPU.
 CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**25}
 
 
 def linear_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """Logits [T, V] of hidden states [T, H] under a head [V, H], in fp32 or better.
 
-    A bf16 logit near 20 is rounded to 0.125, which moves a ratio by several percent: inputs may be bf16, the sum not.
-    Without a derivative for bf16 on a GPU; `linear_logprobs` has one.
+    A bf16 logit near 20 is rounded to 0.125, which moves a ratio by several percent: inputs may be bf16, sums may not.
+    It has no derivative for bf16 on a GPU; `linear_logprobs` has one.
     """
     return _fp32_mm(hidden, weight.t())
 
@@ -34,8 +34,11 @@ def _fp32_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """The vocabulary is cut, not the tokens: the softmax needs two running numbers per token, and backward a block of
-    the weight's gradient is one product over all tokens, written once. Blocks of logits are computed twice, never kept.
+    """Log-probs and entropies from blocks of the vocabulary.
+
+    Cutting the vocabulary instead of the tokens keeps the backward pass simple: the softmax needs a few running numbers
+    per token, and a block of the weight's gradient is one product over all tokens, written once. The logits of a block
+    are computed twice and never kept.
     """
 
     @staticmethod
@@ -86,7 +89,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _vocabulary_blocks(size: int, banned_ids: Sequence[int], chunk: int, device: torch.device) -> list:
-    """(slice, banned ids counted from its start) of each block, cut on the host: the device is not waited for."""
+    """(slice, banned ids counted from its start) of each block; cut on the host, which need not wait for the device."""
     banned = sorted(set(banned_ids))
     blocks = [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
     borders = pairwise([bisect_left(banned, block.start) for block in blocks] + [len(banned)])
@@ -108,13 +111,13 @@ def linear_logprobs(
     *,
     temperature: float = 1.0,
     banned_ids: Sequence[int] = (),
-    chunk: int | None = None,  # entries of the vocabulary at a time
+    chunk: int | None = None,  # vocabulary entries per block
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of the tokens, each [T] in fp32, from `chunk` entries of the vocabulary at a time.
+    """Log-probs and entropies of the tokens, each [T] in fp32, from blocks of `chunk` vocabulary entries.
 
-    Both are differentiable, once. `banned_ids` have probability 0, as in sampling; none may be among `ids`. At 2,000
+    Both can be differentiated once. `banned_ids` have probability 0, as in sampling; none may be among `ids`. At 2,000
     tokens and 152k entries the usual log_softmax keeps three [T, V] tensors, 3.6 GB; here the peak is the gradient of
-    the weight and two blocks.
+    the weight plus two blocks.
     """
     if temperature <= 0:
         raise ValueError(f"temperature {temperature}: log-probs need a distribution, so it must be above 0")

@@ -1,9 +1,9 @@
-"""LoRA by hand: low-rank adapters on the language model's linear layers, saved as PEFT saves them, and merged.
+"""LoRA by hand: low-rank adapters on the language model's linear layers, saved in PEFT's format, and merged.
 
-A linear layer becomes a LoRALinear where it stands: its class changes, lora_A and lora_B join its weight. So the base
-keeps its Hugging Face names, and with the adapters off it is the base model bit for bit, which is the reference of the
-KL penalty: no second model is loaded. `python lora.py merge CHECKPOINT OUT` writes what plain transformers loads.
-Left out: DoRA, rank-stabilised scaling, quantised bases, several adapters, adapters on embeddings and head.
+A linear layer becomes a LoRALinear in place: its class changes, and lora_A and lora_B join its weight. So the base
+keeps its Hugging Face names, and with the adapters off it is the base model bit for bit. The KL penalty takes that as
+its reference: no second model is loaded. `python -m tools.merge CHECKPOINT OUT` writes a model that plain transformers
+loads. Left out: DoRA, rank-stabilised scaling, quantised bases, several adapters, adapters on embeddings and head.
 
 Shapes: r rank, lora_A [r, in], lora_B [out, r].
 """
@@ -11,8 +11,6 @@ Shapes: r rank, lora_A [r, in], lora_B [out, r].
 import json
 import math
 import re
-import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,17 +19,22 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
-from model.vlm import DECODER_LAYERS, load_model, projector_modules
-
-PREFIX = "base_model.model."  # before the names of a model that PEFT has wrapped
+PREFIX = "base_model.model."  # PEFT puts it before the names of the model that it wraps
 # Settings of PEFT under which the same tensors mean another model.
-UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
+UNSUPPORTED = (
+    "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "modules_to_save"
+)  # fmt: skip
+# The decoder's layers in a vision-language model and in a plain language model. The name of a layer alone would not do:
+# GLM's vision tower has layers that are named like its decoder's.
+DECODER = re.compile(r"model\.(language_model\.)?layers\.\d+\.")
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + b + (alpha / r) B A dropout(x)"""
+    """y = W x + b + (alpha / r) B A dropout(x)
+
+    add_adapters makes one out of a linear layer by changing its class: the weight stays where it is, under its name.
+    """
 
     lora_A: nn.Parameter  # [r, in]
     lora_B: nn.Parameter  # [out, r]
@@ -52,33 +55,24 @@ class LoRALinear(nn.Linear):
 
 
 def choose_layers(model: nn.Module, targets: Sequence[str] = ()) -> list[str]:
-    """Names of the linear layers that `targets` mean: every one of the decoder layers where there are none.
+    """Full names of the decoder's linear layers that end in one of the targets, as q_proj; of all if there are none.
 
-    A target is a regular expression for a whole name, or for its end within the decoder layers (q_proj). The head is
-    never one: it is multiplied in chunks, as a bare weight, which would pass an adapter by.
+    The head is never among them: it is multiplied in blocks as a bare weight, which an adapter would not see.
     """
-    head = model.get_output_embeddings()
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    inside = rf"{re.escape(DECODER_LAYERS)}\.\d+\."
-    if not targets:
-        return [name for name in linear if re.match(inside, name)]
-    chosen = set()
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and DECODER.match(name)]
+    ends = [name.rpartition(".")[2] for name in linear]
     for target in targets:
-        matched = [name for name in linear if re.fullmatch(rf"(?:{inside}(?:.*\.)?)?(?:{target})", name)]
-        if not matched:
-            ends = sorted({name.rpartition(".")[2] for name in linear if re.match(inside, name)})
+        if target not in ends:
             raise ValueError(
-                f"lora_targets: {target!r} matches no linear layer; those of the decoder layers are {', '.join(ends)}; "
-                "for others give a regular expression of the whole name (the head takes no adapter)"
+                f"lora_targets: {target!r} is no linear layer of the decoder; choose from {', '.join(sorted({*ends}))}"
             )
-        chosen.update(matched)
-    return [name for name in linear if name in chosen]
+    return [name for name, end in zip(linear, ends, strict=True) if not targets or end in targets]
 
 
 def add_adapters(
     model: nn.Module, layers: Sequence[str], *, rank: int, alpha: float, dropout: float = 0.0, seed: int = 0
 ) -> None:
-    """Puts fp32 adapters on these layers of the model, which computes what it did: B is zero; A is drawn as in PEFT."""
+    """Puts fp32 adapters on these layers; the model computes what it did, since B is zero. A is drawn as in PEFT."""
     generator = torch.Generator().manual_seed(seed)
     for name in layers:
         layer = model.get_submodule(name)
@@ -91,13 +85,13 @@ def add_adapters(
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The layers with an adapter, by name; none where LoRA is off."""
+    """The layers that have an adapter, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within, the model is its base, in eval mode; a model without adapters stays as it is."""
+    """Turns the model into its base, in eval mode, inside the block; a model without adapters stays as it is."""
     layers, training = adapted_layers(model), model.training
     for layer in layers.values():
         layer.lora_on = False
@@ -114,13 +108,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def save_adapter(directory: Path, model: nn.Module, trained: dict[str, Tensor], base: str) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors of the `trained` tensors, by their names in the model.
-
-    What is trained beside adapters is the projector: PEFT calls that modules_to_save. vLLM takes none: merge first.
-    """
+    """Writes adapter_config.json and adapter_model.safetensors; `trained` holds the tensors by name in the model."""
     layers = adapted_layers(model)
     one = next(iter(layers.values()))
-    whole = [name for name in projector_modules(model) if any(key.startswith(f"{name}.") for key in trained)]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -128,33 +118,32 @@ def save_adapter(directory: Path, model: nn.Module, trained: dict[str, Tensor], 
         "r": one.lora_A.shape[0],
         "lora_alpha": one.lora_alpha,
         "lora_dropout": one.lora_dropout,
-        "target_modules": list(layers),  # whole names: GLM's tower has layers that are named as its decoder's
-        "modules_to_save": whole or None,
+        "target_modules": list(layers),  # full names, see DECODER
         "bias": "none",
         "init_lora_weights": True,
         "inference_mode": True,
     }
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {re.sub(r"\.lora_([AB])$", r".lora_\1.weight", PREFIX + name): value for name, value in trained.items()}
-    save_file(
-        {name: value.contiguous() for name, value in tensors.items()}, directory / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )  # fmt: skip
+    tensors = {
+        re.sub(r"\.lora_([AB])$", r".lora_\1.weight", PREFIX + name): value.contiguous()
+        for name, value in trained.items()
+    }
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def is_adapter(name_or_path: str) -> bool:
-    """Whether this is a directory with an adapter in PEFT's format, ours or another's."""
+    """Whether this is a directory with an adapter in PEFT's format."""
     return (Path(name_or_path) / "adapter_config.json").is_file()
 
 
 def load_adapter(model: nn.Module, directory: Path) -> None:
-    """Puts the adapter of such a directory on its base model, and what was trained beside it in place."""
+    """Puts the adapter in such a directory on its base model."""
     config = json.loads((directory / "adapter_config.json").read_text())
     found = [name for name in UNSUPPORTED if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
     if config["peft_type"] != "LORA" or found:
         raise ValueError(
-            f"{directory}: an adapter of type {config['peft_type']} with {found or 'nothing else'}: only plain LoRA is "
-            "read here; merge it with PEFT"
+            f"{directory}: a {config['peft_type']} adapter with {', '.join(found) or 'no further settings'}: only "
+            "plain LoRA is read here; merge it with PEFT"
         )
     saved = load_file(directory / "adapter_model.safetensors")
     names = {key: re.sub(r"(\.lora_[AB])\.weight$", r"\1", key.removeprefix(PREFIX)) for key in saved}
@@ -177,17 +166,8 @@ def load_adapter(model: nn.Module, directory: Path) -> None:
         parameters[name].data.copy_(saved[key])
 
 
-def load_any(name_or_path: str, **options) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """`vlm.load_model`, which also takes an adapter's directory: its base is loaded and the adapter put on."""
-    if not is_adapter(name_or_path):
-        return load_model(name_or_path, **options)
-    model, processor = load_model(base_of(name_or_path), **options)
-    load_adapter(model, Path(name_or_path))
-    return model.eval(), processor
-
-
 def base_of(name_or_path: str) -> str:
-    """The model that an adapter's directory belongs to."""
+    """The model that the adapter in a directory belongs to."""
     return json.loads((Path(name_or_path) / "adapter_config.json").read_text())["base_model_name_or_path"]
 
 
@@ -195,39 +175,9 @@ def base_of(name_or_path: str) -> str:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Adds each adapter to its weight, W + (alpha / r) B A in fp32, and takes it off the layer."""
+    """Adds each adapter to its weight, W + (alpha / r) B A in fp32, and removes it from the layer."""
     for layer in adapted_layers(model).values():
         merged = layer.weight.data.float() + layer.lora_scale * (layer.lora_B.data @ layer.lora_A.data).float()
         layer.weight.data.copy_(merged)
         del layer.lora_A, layer.lora_B
         layer.__class__ = nn.Linear
-
-
-def merge(checkpoint: str, out: str) -> None:
-    """Writes base plus adapter as a Hugging Face directory, in the base's dtype; it is whole or not there."""
-    source, target = Path(checkpoint), Path(out)
-    if not is_adapter(checkpoint):
-        raise ValueError(f"{source}: no adapter_config.json: a directory of OUT/checkpoints of a LoRA run is expected")
-    if target.exists():
-        raise ValueError(f"{target} exists: name a directory that does not")
-    model, processor = load_any(checkpoint, dtype=torch.float32)
-    merge_adapters(model)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.to(AutoConfig.from_pretrained(base_of(checkpoint)).dtype or torch.float32).save_pretrained(partial)
-    if not (source / "tokenizer_config.json").exists():  # an adapter of PEFT's own
-        processor.save_pretrained(partial)
-    for path in source.iterdir():  # tokenizer, processor, chat template: all but the adapter and the training state
-        if path.is_file() and not path.name.startswith(("adapter_", "state-", "trainer.json")):
-            shutil.copyfile(path, partial / path.name)
-    partial.rename(target)
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) != 3 or argv[0] != "merge":
-        raise SystemExit("usage: python lora.py merge CHECKPOINT OUT    write base and adapter as one model")
-    merge(argv[1], argv[2])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

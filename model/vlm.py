@@ -1,76 +1,63 @@
-"""What differs between model families, in one table, and what is done to a model before anything runs on it.
+"""Loading a model with its processor, and turning a sample into the prompt that the model reads.
 
-Whatever a processor returns passes through unopened: it is `input_ids` plus tensors that are joined along their first
-dimension. No class per family, no test of a path: the model type comes from the checkpoint's config.
-Left out: video, models whose text attention is not plainly causal (Gemma 3, PaliGemma).
-
-The README's table of families names the source of each box space, and what is assumed.
+A prompt is whatever the processor returns: `input_ids` plus tensors that are joined along their first dimension.
+Left out: video, remote code (only model types that transformers itself has are supported).
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    AutoProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, PROCESSOR_MAPPING_NAMES
 
-from data import BadSample, Sample, chat_messages, check_boxes, load_image, move_answer_boxes
+from data import IMAGE_MARK, BadSample, Sample, chat_messages, check_boxes, load_image, move_answer_boxes
 from model.attention import use_shared_prefix
+from model.families import (
+    DECODER_LAYERS,
+    FAMILIES,
+    family_of,
+    is_within,
+    projector_modules,
+    to_image_box,
+    to_model_box,
+    trainable,
+    vision_modules,
+)
+from model.lora import base_of, is_adapter, load_adapter
+
+__all__ = [  # the public names of model/families.py are at home here too
+    "DECODER_LAYERS", "FAMILIES", "MAX_PIXELS", "MIN_PIXELS", "Prompt", "banned_token_ids", "blank_prompt",
+    "build_prompt", "check_special_tokens", "checkpoint_activations", "counted_pixels", "describe_processor",
+    "eos_token_ids", "family_of", "family_of_processor", "has_pixel_budget", "image_only", "is_within", "load_any",
+    "load_config", "load_model", "load_processor", "projector_modules", "to_image_box", "to_model_box", "trainable",
+    "vision_modules",
+]  # fmt: skip
 
 MAX_PIXELS = 1_003_520  # 1,280 image tokens at 28 x 28; the hub's configs say 12.8 million, 16,384 tokens an image
-DECODER_LAYERS = "model.language_model.layers"
-
-
-@dataclass(frozen=True)
-class Family:
-    box_space: str  # "pixels" of the resized image, or "thousand": 0..1000 on both axes
-    vision: str  # the vision tower
-    vision_blocks: str  # its blocks, each sharded by itself
-    frames: int = 1  # what its processor counts each pixel of an image in the budget
-    # Modules between tower and language model, as a regular expression; in InternVL they stand beside the tower.
-    projector: str = r"model\.visual\.(merger|deepstack_merger_list\.\d+|downsample)"
-
-
-# A new family is one row, and one entry in test_families.py.
-FAMILIES = {
-    "qwen2_vl": Family("thousand", "model.visual", "model.visual.blocks"),
-    "qwen2_5_vl": Family("pixels", "model.visual", "model.visual.blocks"),
-    "qwen3_vl": Family("thousand", "model.visual", "model.visual.blocks"),
-    "qwen3_vl_moe": Family("thousand", "model.visual", "model.visual.blocks"),
-    "internvl": Family(
-        "thousand",
-        "model.vision_tower",
-        "model.vision_tower.encoder.layer",
-        projector=r"model\.multi_modal_projector",
-    ),
-    "glm4v": Family("thousand", "model.visual", "model.visual.blocks", frames=2),
-}
-REFUSED = {
-    "gemma3": "tokens of an image see each other both ways and some layers see a window only; a packed row is causal",
-    "paligemma": "the prompt sees itself both ways; a packed row is causal",
-    "internvl_chat": "the checkpoint brings its own code; take the one converted for transformers, named ...-hf",
-}
+MIN_PIXELS = 3136
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt(Mapping[str, Tensor]):
-    """What the processor returns for one sample, as a mapping that rollout.py reads, with the truth beside it."""
+    """What the processor returns for one sample, as a mapping that rollout.py reads, and the truth beside it."""
 
     inputs: dict[str, Tensor]  # input_ids [1, P], pixel_values, image_grid_thw, ...
     answer: str  # the truth, its boxes in the space the model answers in
     sample: Sample
-    image_size: tuple[int, int] | None  # (width, height) of the first image as it is
-    input_size: tuple[int, int] | None  # and as the model sees it
+    image_size: tuple[int, int] | None  # (width, height) of the first image
+    input_size: tuple[int, int] | None  # the same after the processor has resized it
 
     def __getitem__(self, key: str) -> Tensor:
         return self.inputs[key]
@@ -82,16 +69,7 @@ class Prompt(Mapping[str, Tensor]):
         return len(self.inputs)
 
 
-def family_of(model_type: str) -> Family:
-    """The row of a model type, or the list of those that work."""
-    if model_type in REFUSED:
-        raise ValueError(f"model type {model_type!r} is not supported: {REFUSED[model_type]}")
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"model type {model_type!r} is not supported: one of {', '.join(FAMILIES)}; "
-            "a new one is a row in vlm.FAMILIES if its text attention is causal and the images of several prompts join"
-        )
-    return FAMILIES[model_type]
+# ---- loading -------------------------------------------------------------------------------------------------------
 
 
 def load_model(
@@ -99,33 +77,22 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     max_pixels: int = MAX_PIXELS,
-    min_pixels: int = 3136,
+    min_pixels: int = MIN_PIXELS,
     freeze_vision: bool = False,
     gradient_checkpointing: bool = False,
-    trust_remote_code: bool = False,
     empty: bool = False,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model, on the CPU and in eval mode, and its processor with the pixel budget applied.
+    """The model, on the CPU and in eval mode, and its processor with the pixel budget set.
 
-    `empty` leaves the weights out (meta tensors): `parallel.shard_model` fills them from the rank that has them.
+    `empty` leaves the weights out (meta tensors); `parallel.shard_model` fills them from the rank that has them.
     """
-    # Read as JSON: an unsupported checkpoint is refused before any code that it brings could run.
-    family_of(PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type", ""))
-    # Never left at None, which asks at the terminal, in every process.
-    remote = {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(name_or_path, **remote)
-    layers = {*(getattr(config.get_text_config(), "layer_types", None) or [])}
-    if layers - {"full_attention"}:
-        raise ValueError(
-            f"{name_or_path}: layers of {', '.join(sorted(layers))}; a packed row is causal without a window, "
-            "so only full_attention is supported"
-        )
-    options = {"dtype": dtype, "attn_implementation": "sdpa", **remote}
+    config = load_config(name_or_path)
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
     if empty:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, **options)
     else:
-        # Never a pickled checkpoint: reading one can run code.
+        # Never a pickled checkpoint: reading one may run code.
         model = AutoModelForImageTextToText.from_pretrained(name_or_path, use_safetensors=True, **options)
     use_shared_prefix(model)
     if freeze_vision:
@@ -133,11 +100,38 @@ def load_model(
             model.get_submodule(name).requires_grad_(False)
     if gradient_checkpointing:
         checkpoint_activations(model)
-    return model.eval(), load_processor(name_or_path, max_pixels=max_pixels, min_pixels=min_pixels, **remote)
+    return model.eval(), load_processor(name_or_path, max_pixels=max_pixels, min_pixels=min_pixels)
+
+
+def load_any(name_or_path: str, **options) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """load_model for a model or for the directory of an adapter, which is put on its base."""
+    if not is_adapter(name_or_path):
+        return load_model(name_or_path, **options)
+    model, processor = load_model(base_of(name_or_path), **options)
+    load_adapter(model, Path(name_or_path))
+    return model.eval(), processor
+
+
+def load_config(name_or_path: str) -> PreTrainedConfig:
+    """The config of a supported model; the message says why another one is refused."""
+    try:
+        # The model type is read from the JSON first: a checkpoint that brings its own code is refused before it runs.
+        family_of(PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type", ""))
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)  # None would ask
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model {name_or_path}: no directory here, and the hub does not give it: {reason}") from error
+    layers = {*(getattr(config.get_text_config(), "layer_types", None) or [])}
+    if layers - {"full_attention"}:
+        raise ValueError(
+            f"model {name_or_path} has layers of {', '.join(sorted(layers))}: a packed row is causal without a window, "
+            "so only full_attention is supported"
+        )
+    return config
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Turns gradient checkpointing on, under the name that this version of transformers has for it."""
+    """Turns gradient checkpointing on, whatever this version of transformers calls it."""
     if "activation_checkpointing_enable" in dir(model):  # 5.23; the older name is deprecated there
         model.activation_checkpointing_enable()
     else:
@@ -145,7 +139,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 class _ImageOnly:
-    """Mixed into a processor class, leaves out its video part: video processors need torchvision."""
+    """A mixin for a processor class that leaves out its video part, since video processors need torchvision."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -153,25 +147,21 @@ class _ImageOnly:
 
 
 def image_only(processor_class: type) -> type:
-    """The processor class without its video part, which works with and without torchvision."""
+    """The processor class without its video part: it works with and without torchvision."""
     return type(processor_class.__name__, (_ImageOnly, processor_class), {})
 
 
-def load_processor(
-    name_or_path: str, *, max_pixels: int = MAX_PIXELS, min_pixels: int = 3136, trust_remote_code: bool = False
-) -> ProcessorMixin:
-    """The checkpoint's processor, padding on the left and with this pixel budget.
+def load_processor(name_or_path: str, *, max_pixels: int = MAX_PIXELS, min_pixels: int = MIN_PIXELS) -> ProcessorMixin:
+    """The checkpoint's processor, which pads on the left and resizes images within this pixel budget.
 
-    Transformers picks the image processor: torchvision's where that is installed, else Pillow's.
+    Transformers picks the image processor: torchvision's if that is installed, otherwise Pillow's.
     """
-    remote = {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(name_or_path, **remote)
-    if type(config) in PROCESSOR_MAPPING:  # image_only with torchvision too: a directory may lack the video part
-        processor = image_only(PROCESSOR_MAPPING[type(config)]).from_pretrained(name_or_path, **remote)
-    else:
-        processor = AutoProcessor.from_pretrained(name_or_path, **remote)
+    config = load_config(name_or_path)
+    # Also with torchvision: a directory may lack the video part.
+    processor_class = image_only(PROCESSOR_MAPPING[type(config)])
+    processor = processor_class.from_pretrained(name_or_path, trust_remote_code=False)
     if has_pixel_budget(processor):
-        # Assigned after loading: given to from_pretrained, `size` is overridden by the config's max_pixels in silence.
+        # Set after loading: from_pretrained would silently override a given `size` by the config's max_pixels.
         least, most = counted_pixels(config.model_type, (min_pixels, max_pixels))
         processor.image_processor.size = {"shortest_edge": least, "longest_edge": most}
     processor.tokenizer.padding_side = "left"
@@ -179,19 +169,19 @@ def load_processor(
 
 
 def has_pixel_budget(processor: ProcessorMixin) -> bool:
-    """Whether images are resized under a budget, which `size` holds the Qwen way; otherwise they are cut into tiles."""
+    """Whether the processor resizes images within a pixel budget; otherwise it cuts them into tiles."""
     size = processor.image_processor.size
     return "shortest_edge" in size and "longest_edge" in size
 
 
 def counted_pixels(model_type: str, pixels: tuple[int, int]) -> tuple[int, int]:
-    """Least and most pixels of an image as the family's processor counts them: GLM's takes it for a video of two."""
+    """The least and most pixels of an image in the count of the family's processor."""
     frames = family_of(model_type).frames
     return pixels[0] * frames, pixels[1] * frames
 
 
 def describe_processor(processor: ProcessorMixin, box_space: str = "") -> str:
-    """A line for the start of a run: who reads the images, within which pixels, and where boxes live."""
+    """A line for the start of a run: the image processor, its pixel budget and the space of the boxes."""
     family, images = family_of(family_of_processor(processor)), processor.image_processor
     size = images.size
     if has_pixel_budget(processor):
@@ -211,6 +201,9 @@ def family_of_processor(processor: ProcessorMixin) -> str:
     return types[0]
 
 
+# ---- prompts -------------------------------------------------------------------------------------------------------
+
+
 def build_prompt(
     processor: ProcessorMixin,
     sample: Sample,
@@ -219,21 +212,17 @@ def build_prompt(
     family: str | None = None,
     box_space: str | None = None,
 ) -> Prompt:
-    """The sample as the model reads it, true boxes moved into the space that `family` (a model type) answers in.
+    """The sample as the model reads it, with its true boxes in the space that `family` (a model type) answers in.
 
-    Without `family` it is the one the processor belongs to; `box_space` overrides the family's.
+    By default the family is the one that the processor belongs to; `box_space` overrides the family's space.
     """
     family = family or family_of_processor(processor)
+    _refuse_special_tokens(processor, sample, BadSample)
     images = [load_image(path, sample.root) for path in sample.images]
-    messages, hidden = chat_messages(sample, template), []
-    for part in messages[0]["content"]:
-        if part["type"] == "text":
-            part["text"], found = hide_special(processor, part["text"])
-            hidden += found
+    messages = chat_messages(sample, template)
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     try:
         inputs = processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=False)
-        inputs = spell_out(processor, dict(inputs), hidden)
     except ValueError as error:  # an aspect ratio above 200, or more image marks than images
         raise BadSample(
             f"{sample.source}: the processor refuses it: {error}; crop or replace the image, or drop the sample"
@@ -244,51 +233,36 @@ def build_prompt(
         check_boxes(sample, image_size)
     if sample.has_boxes:
         if not images:
-            raise BadSample(f"{sample.source}: boxes without an image; name one or choose rewards that read no boxes")
+            raise BadSample(f"{sample.source}: boxes without an image; name one, or choose rewards that read no boxes")
         answer = move_answer_boxes(answer, lambda box: to_model_box(box, image_size, input_size, family, box_space))
-    return Prompt(inputs, answer, sample, image_size, input_size)
+    return Prompt(dict(inputs), answer, sample, image_size, input_size)
 
 
-def hide_special(processor: ProcessorMixin, text: str) -> tuple[str, list[str]]:
-    """(text, found): the text of a data file with each special token that it spells replaced by the padding token.
-
-    A question that holds `<|im_end|>` or `<|image_pad|>` must neither end the turn nor stand for an image. Which
-    strings are special, tokenizer and processor say. `spell_out` puts them back, as text, once everything is tokens.
-    (transformers 5.23 has sanitize_control_tokens: it raises on InternVL's image token in a text, and takes apart added
-    tokens that are not special, <think> for one, where a template writes them.)
-    """
-    tokenizer = processor.tokenizer
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special |= {value for name, value in vars(processor).items() if name.endswith("_token") and value}
-    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
-    found = pattern.findall(text)
-    return (pattern.sub(tokenizer.pad_token, text) if found else text), found
+def check_special_tokens(processor: ProcessorMixin, samples: Iterable[Sample]) -> None:
+    """Refuses a question or an answer that spells a special token: it would end a turn or stand for an image."""
+    for sample in samples:
+        _refuse_special_tokens(processor, sample, ValueError)
 
 
-def spell_out(processor: ProcessorMixin, inputs: dict[str, Tensor], hidden: list[str]) -> dict[str, Tensor]:
-    """`inputs` with the tokens of the hidden strings, read as text, where `hide_special` left the padding token."""
-    if not hidden:
-        return inputs
-    tokenizer, ids = processor.tokenizer, inputs["input_ids"]
-    places = ids[0] == tokenizer.pad_token_id
-    if places.sum() != len(hidden):  # a chat template that writes the padding token itself
-        raise ValueError(
-            f"the text spells the special tokens {hidden}, and they cannot be told from those of the prompt"
+def _refuse_special_tokens(processor: ProcessorMixin, sample: Sample, error: type[ValueError]) -> None:
+    match = _special_tokens(processor).search(f"{sample.question}\n{sample.answer}".replace(IMAGE_MARK, ""))
+    if match:
+        raise error(
+            f"{sample.source}: the text spells {match[0]}, a special token of the model: remove it, or write it with a "
+            "space inside"
         )
-    # The first character by itself: the rest is no special token, whatever the tokenizer's rules are.
-    pieces = [tokenizer([text[0], text[1:]], add_special_tokens=False)["input_ids"] for text in hidden]
-    pieces = [torch.tensor(first + rest) for first, rest in pieces]
-    repeats = torch.ones_like(ids[0])
-    repeats[places] = torch.tensor([len(piece) for piece in pieces])
-    longer = {
-        key: value.repeat_interleave(repeats, 1) if value.shape == ids.shape else value for key, value in inputs.items()
-    }
-    longer["input_ids"][0, places.repeat_interleave(repeats)] = torch.cat(pieces)
-    return longer
+
+
+@cache
+def _special_tokens(processor: ProcessorMixin) -> re.Pattern:
+    """An expression that finds every text which tokenizer or processor reads as a special token."""
+    special = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    special |= {value for name, value in vars(processor).items() if name.endswith("_token") and value}
+    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
 
 
 def blank_prompt(processor: ProcessorMixin) -> Prompt:
-    """A prompt of one small black image: a rank without images adds it to a row, so that all ranks run the tower."""
+    """A prompt of one small black image; a rank without images adds it to a row, so that all ranks run the tower."""
     sample = Sample("blank", "", "", ("",), "", False, "blank")
     text = processor.apply_chat_template(chat_messages(sample, "plain"), add_generation_prompt=True, tokenize=False)
     inputs = processor(text=[text], images=[Image.new("RGB", (32, 32))], return_tensors="pt", add_special_tokens=False)
@@ -296,62 +270,27 @@ def blank_prompt(processor: ProcessorMixin) -> Prompt:
 
 
 def _input_size(processor: ProcessorMixin, inputs: dict, image_size: tuple[int, int]) -> tuple[int, int]:
-    if "image_grid_thw" not in inputs:  # tiles: their boxes are in 0..1000 and need no input size
+    if "image_grid_thw" not in inputs:  # tiles: boxes are in 0..1000 and need no input size
         return image_size
     _, rows, columns = inputs["image_grid_thw"][0].tolist()
     patch = processor.image_processor.patch_size
     return columns * patch, rows * patch
 
 
-def to_model_box(
-    box: list[float],
-    image_size: tuple[int, int],
-    input_size: tuple[int, int],
-    family: str,
-    box_space: str | None = None,
-) -> list[float]:
-    """A box [x1, y1, x2, y2] of the original image in the space `family` answers in; sizes are (width, height).
-
-    `box_space`, "pixels" or "thousand", overrides the family's.
-    """
-    width, height = _box_frame(input_size, family, box_space)
-    x, y = width / image_size[0], height / image_size[1]
-    return [box[0] * x, box[1] * y, box[2] * x, box[3] * y]
-
-
-def to_image_box(
-    box: list[float],
-    image_size: tuple[int, int],
-    input_size: tuple[int, int],
-    family: str,
-    box_space: str | None = None,
-) -> list[float]:
-    """The way back: a box the model answered, in pixels of the original image."""
-    width, height = _box_frame(input_size, family, box_space)
-    x, y = image_size[0] / width, image_size[1] / height
-    return [box[0] * x, box[1] * y, box[2] * x, box[3] * y]
-
-
-def _box_frame(input_size: tuple[int, int], family: str, box_space: str | None) -> tuple[int, int]:
-    """Width and height of the whole image in the space that boxes live in."""
-    frames = {"thousand": (1000, 1000), "pixels": input_size}
-    space = box_space or family_of(family).box_space
-    if space not in frames:
-        raise ValueError(f"box_space {space!r} is unknown: one of {', '.join(frames)}")
-    return frames[space]
+# ---- token ids -----------------------------------------------------------------------------------------------------
 
 
 def eos_token_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
-    """Every id that ends an answer: the tokenizer's and those of the generation config (Qwen has two)."""
+    """Every id that ends an answer: the tokenizer's, and the ids in the generation config (Qwen has two)."""
     ids = model.generation_config.eos_token_id
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     return sorted({*ids, processor.tokenizer.eos_token_id})
 
 
 def banned_token_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
-    """Ids a completion may not hold: vision tokens, and rows of the head that stand for no token.
+    """Ids that a completion must not hold: vision tokens, and rows of the head that belong to no token.
 
-    One drawn image token makes the next forward fail: image features and image tokens no longer match.
+    One drawn image token would make the next forward fail: there would be more image tokens than image features.
     """
     size = model.get_output_embeddings().out_features
     known = set(processor.tokenizer.get_vocab().values())
@@ -369,24 +308,3 @@ def banned_token_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[
     return sorted(
         {*(i for i in range(size) if i not in known), *(i for i in vision if isinstance(i, int) and i < size)}
     )
-
-
-def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters that are trained."""
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def projector_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the modules that take what the tower sees to the language model."""
-    pattern = family_of(model.config.model_type).projector
-    return [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
-
-
-def vision_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the vision tower and of its projector."""
-    return [family_of(model.config.model_type).vision, *projector_modules(model)]
-
-
-def is_within(name: str, modules: Iterable[str]) -> bool:
-    """Whether a parameter or module of that name is one of these modules or inside one."""
-    return any(f"{name}.".startswith(f"{module}.") for module in modules)
