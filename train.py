@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from grpo import group_advantages, grpo_loss
 from infra.dryrun import print_plan
-from infra.figures import causes_for_concern, group_figures, reward_key, step_figures
+from infra.figures import causes_for_concern, group_figures, reward_key, speed_figures, step_figures
 from infra.parallel import all_gather, all_max, all_sum, drawing, gradient_scale, launch
 from infra.plugins import NOT_RUN, RewardCall, run_rewards
 from infra.rows import Row
@@ -91,8 +91,10 @@ def train_step(run: Run) -> tuple["Rollout", dict[str, float]]:
             sums["loss"] = sums["loss"] + pass_loss
             grad_norm = run.update(float(pass_loss))
             first_pass = first_pass or scores
+    drawn = rollout_figures(run, rollout)
     return rollout, {
-        **rollout_figures(run, rollout),
+        **drawn,
+        **speed_figures(run, drawn["completion_tokens"]),
         **learning_figures(run, sums),
         **drift_figures(run, rollout, rows, first_pass),
         "grad_norm": grad_norm,

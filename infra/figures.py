@@ -71,6 +71,13 @@ def step_figures(
     return {key: sums[key] / counts[key] for key in keys if counts[key]} | shares
 
 
+def speed_figures(run: Run, completion_tokens: float) -> dict[str, float]:
+    """Completion tokens of all ranks per second of each phase of the step."""
+    tokens = run.config.prompts_per_step * run.config.group_size * completion_tokens
+    seconds = {name: value for name, value in run.figures.items() if name.startswith("seconds_")}
+    return {name.replace("seconds", "tokens_per_second"): tokens / value for name, value in seconds.items()}
+
+
 def causes_for_concern(recent: Sequence[dict], config: TrainConfig) -> dict[str, str]:
     """Warnings by their cause, from the figures of the last steps; with several files, for each file."""
     warnings = {}

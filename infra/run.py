@@ -71,7 +71,8 @@ class Run:
     stopped: bool = False
 
     def __post_init__(self) -> None:
-        self.recent = deque(maxlen=max(RECENT, self.config.max_bad_steps))
+        done = read_rows(self.out / "metrics.jsonl")  # of a run that is resumed
+        self.recent = deque(done, maxlen=max(RECENT, self.config.max_bad_steps))
 
     # ---- the loop ----
 
@@ -283,5 +284,4 @@ def start_run(config: RunConfig) -> Iterator[Run]:
             banned_ids=banned_token_ids(policy, processor),
             blank=blank,
         )
-        run.recent.extend(read_rows(out / "metrics.jsonl"))
         yield run

@@ -72,12 +72,12 @@ def make_rollout(model, processor, world):
     )
 
 
-def make_run(model, processor, world, optimizers, *, reference=None, **changes):
+def make_run(model, processor, world, optimizers, *, reference=None, out=Path("nowhere"), **changes):
     """A run around a model and a rollout that are there already: no data, no files."""
     return Run(
         config=replace(CONFIG, **changes),
         world=world,
-        out=None,
+        out=out,
         policy=model,
         processor=processor,
         reference=reference,

@@ -13,7 +13,7 @@ import train
 from data import Sample
 from infra import parallel
 from infra.run import Run
-from infra.runlog import read_rows
+from infra.runlog import append_rows, read_rows
 from model.vlm import Prompt
 
 # ---- updates that are skipped --------------------------------------------------------------------------------------
@@ -53,10 +53,10 @@ def test_a_step_with_an_advantage_that_is_not_finite_is_counted_and_changes_no_w
 
 def stepping_run(out, step, **changes):
     """A run in `out` after that step, which saves nothing and logs to its files."""
-    run = make_run(*make_model(), ALONE, [], **changes)
-    run.out, run.step, run.num_steps = out, step, 100
+    run = make_run(*make_model(), ALONE, [], out=out, **changes)
+    run.step, run.num_steps = step, 100
     run.keeper = SimpleNamespace(newest=lambda: "step-000003", after_step=lambda *a, **o: None)
-    run.log = SimpleNamespace(metrics=lambda *a: None)
+    run.log = SimpleNamespace(metrics=lambda step, figures: append_rows(out / "metrics.jsonl", [figures]))
     run.feed = SimpleNamespace(figures=dict)
     run.stop = SimpleNamespace(agreed=lambda world: False)
     return run
