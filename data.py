@@ -79,10 +79,10 @@ def read_samples(
 
     `has_boxes` says whether a list of four numbers is a box; a {"bbox_2d": ...} always is. Each sample keeps `file`.
     """
-    path, image_root = Path(path), Path(image_root)
+    path, image_root = Path(path), str(image_root)
     if not path.is_file():
         raise ValueError(f"{path}: no such data file; give --data the path of a .jsonl or .json file")
-    if not image_root.is_dir():
+    if not os.path.isdir(image_root):
         raise ValueError(f"{image_root}: no such directory; give --image_root the one that holds the images of {path}")
     root = "" if allow_outside_root else os.path.realpath(image_root)
     samples, shared = [], {}  # many samples ask about one image or have the same extras: they share them
@@ -137,8 +137,9 @@ def _parsed(raw: bytes, source: str) -> object:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
-    record, names = dict(pairs), [name for name, _ in pairs]
-    if len(record) < len(names):
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
         raise ValueError(f"two values for the key {_short(max(names, key=names.count))} in {_short(record)}")
     return record
 
@@ -152,7 +153,6 @@ _TRUTH = json.JSONDecoder(object_pairs_hook=_unique)  # for an answer's text, wh
 
 
 def _short(value: object) -> str:
-    """A value of the file, short enough for a message."""
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
@@ -169,7 +169,7 @@ def _read_record(record: object, has_boxes: bool) -> dict:
     if marks not in (0, len(names)):
         raise ValueError(f"{marks} {IMAGE_MARK} marks for {len(names)} images; mark each image once or none")
     method = record.get("accu_reward_method") or ""
-    if method and method not in list(VLM_R1_METHODS):  # a list, because the method may be one too
+    if method and method not in list(VLM_R1_METHODS):  # the file may hold a list, which no dict can look up
         raise ValueError(f'"accu_reward_method" {_short(method)} is unknown: one of {", ".join(VLM_R1_METHODS)}')
     return {
         "id": record.get("id"),
@@ -188,7 +188,7 @@ def _question_and_answer(record: dict, key: str) -> tuple[str, str]:
     if "solution" in record:
         contents.append(record["solution"])
     if len(contents) != 2:
-        raise ValueError(f'{len(contents)} turns in "{key}" and "solution"; one question and one answer are expected')
+        raise ValueError(f'"{key}" and "solution" must hold a question and its answer; found {len(contents)} turns')
     question, answer = map(_joined, contents)
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"the question is {_short(question)}; a text is expected")
@@ -425,8 +425,8 @@ def mixed_indices(sizes: list[int], shares: list[float], per_step: int, step: in
     before, after = (share_out(count * per_step, shares) for count in (step, step + 1))
     indices = []
     for file, size in enumerate(sizes):
-        first = sum(sizes[:file])
-        indices += [first + index for index in _shuffled(range(before[file], after[file]), size, (seed, file))]
+        drawn = _shuffled(range(before[file], after[file]), size, (seed, file))
+        indices += [sum(sizes[:file]) + index for index in drawn]
     return indices
 
 

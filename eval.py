@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from data import check_samples, read_samples
+from data import read_samples
 from infra.checkpoint import EVALUATION_FILE
+from infra.datacheck import check_data
 from infra.evaluation import Protocol, answer_samples, handle_reward_errors, score_answers
 from infra.mix import DataFile, file_names, read_mix
 from infra.parallel import World, compute_dtype, launch, process_group, shard_model
@@ -133,13 +134,14 @@ def answer(config: EvalConfig, targets: Sequence[Target], world: World) -> dict[
         )
         for target in targets
     ]
-    check_samples([sample for samples in sets for sample in samples], progress=world.first)
+    _, warnings = check_data(sets, progress=world.first)
     dtype = compute_dtype(config.dtype)
     model, processor = load_any(
         config.model, max_pixels=config.max_pixels, min_pixels=config.min_pixels, dtype=dtype, empty=not world.first
     )
     if world.first:
-        print(describe_processor(processor, config.box_space), file=sys.stderr)
+        for line in (*(f"warning: {warning}" for warning in warnings), describe_processor(processor, config.box_space)):
+            print(line, file=sys.stderr)
     model = shard_model(model, world, compute_dtype=dtype, trained=False)
     rows = {}
     for target, samples in zip(targets, sets, strict=True):

@@ -320,14 +320,30 @@ def example(run: Run, rollout: Rollout) -> str:
 
 def group_record(run: Run, rollout: Rollout) -> dict:
     """The step's first group with all that it earned, for completions.jsonl."""
-    prompt, advantages = rollout.prompts[0], rollout.advantages.tolist()
+    prompt, advantages, totals = rollout.prompts[0], rollout.advantages.tolist(), rollout.totals.tolist()
     rows = [
-        {"completion": rollout.texts[n], "rewards": rollout.paid[n], "advantage": advantages[n]}
+        {
+            "completion": rollout.texts[n],
+            "rewards": rollout.paid[n],
+            "reward": totals[n],
+            "advantage": advantages[n],
+        }
         for n in range(run.config.group_size)
     ]
     sample = prompt.sample
-    about = {"id": sample.id, "images": sample.images, "question": sample.question, "answer": prompt.answer}
-    return {**about, "group": rows}
+    return {
+        "id": sample.id,
+        "file": run.config.files[sample.file].name,
+        "images": sample.images,
+        "question": sample.question,
+        "answer": prompt.answer,
+        # what moves a box of an answer back into the image, see model/families.py
+        "image_size": prompt.image_size,
+        "input_size": prompt.input_size,
+        "family": run.policy.config.model_type,
+        "box_space": run.config.box_space,
+        "group": rows,
+    }
 
 
 if __name__ == "__main__":

@@ -94,9 +94,12 @@ class OutputOptions:
     resume: str = option("", "directory of a run to continue from its newest checkpoint, under its options")
     save_every: int = option(100, "steps between checkpoints; the last step is always saved; 0 means off", least=0)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept, besides the best", above=0)
+    report: bool = option(True, "write report.html, a page to look at, at each evaluation and at the end")
     tensorboard: bool = option(False, "also write the metrics for tensorboard")
     wandb: bool = option(False, "also send the metrics to wandb")
-    dry_run: bool = option(False, "print what the run would do and how much memory it needs, then stop")
+    dry_run: bool = option(
+        False, "print what the run would do and need, draw eight samples with their boxes, then stop"
+    )
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class RunConfig(
     # A resumed run may change these; any other option would make it another run. Paths, because a run may have moved.
     FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
         "resume steps epochs row_tokens draw_batch_size gradient_checkpointing eval_every eval_limit eval_batch_size "
-        "save_every keep_checkpoints log_completions_every tensorboard wandb dry_run draw_sharded max_hours "
+        "save_every keep_checkpoints log_completions_every report tensorboard wandb dry_run draw_sharded max_hours "
         "max_bad_steps on_reward_error reward_seconds traceback "
         "model data image_root mix eval_data allow_outside_root".split()
     )
@@ -139,7 +142,7 @@ class RunConfig(
         self._check_training()
         self._check_lora()
         for file in self.files:
-            check_file(file, "options")
+            check_file(file)
         for board in ("tensorboard", "wandb"):
             if getattr(self, board) and importlib.util.find_spec(board) is None:
                 raise ValueError(f"{board} is not installed: pip install {board}, or leave --{board} out")
@@ -183,7 +186,7 @@ class RunConfig(
         return DataFile(
             name=Path(self.data).stem,
             file=self.data,
-            image_root=self.image_root or str(Path(self.data).parent),
+            image_root=self.image_root or (str(Path(self.data).parent) if self.data else ""),
             template=self.template,
             rewards=tuple(rewards),
             weights=tuple(weights or [1.0] * len(rewards)),
@@ -296,7 +299,7 @@ class TrainConfig(DrawingOptions, AlgorithmOptions, RunConfig):
 class ImitationOptions:
     """Supervised fine-tuning."""
 
-    learning_rate: float = option(1e-5, "peak learning rate; the paper's SFT uses 1e-5", above=0)
+    learning_rate: float = option(1e-5, "peak learning rate; the paper uses 1e-6", above=0)
     response: str = option("<answer>{answer}</answer>", "text to imitate, with {answer} and, if wanted, {question}")
     reward: str = option("iou", "reward that evaluation reports, where the data names none")
 

@@ -1,13 +1,15 @@
-"""What `--dry_run` prints: the size of the run, the lengths of its prompts, the memory it needs."""
+"""What `--dry_run` prints: the size of the run, its data, the lengths of its prompts, the memory it needs."""
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import ProcessorMixin
 
 from data import Sample
 from infra.config import RunConfig
+from infra.datacheck import draw_samples, statistics_text
 from infra.estimate import memory_estimate
 from infra.parallel import compute_dtype, process_group
 from infra.policy import load_policy
@@ -22,7 +24,8 @@ def print_plan(config: RunConfig, *, completions: int) -> int:
     """Prints what a run would do and need, without loading any weights; returns the exit code."""
     bf16 = compute_dtype(config.dtype) == torch.bfloat16
     with process_group(bf16=bf16, shard_within_node=config.shard_within_node) as world:
-        samples, _ = load_run_samples(config, world)
+        data = load_run_samples(config, world)
+        samples = data.training
         model, processor = load_policy(config, world)
         check_special_tokens(processor, samples)
         steps, per_step = total_steps(config, len(samples)), config.prompts_per_step
@@ -33,13 +36,17 @@ def print_plan(config: RunConfig, *, completions: int) -> int:
             f"{len(samples):,} samples; {per_step} prompts and {per_step * completions} completions a step; "
             f"{len(samples) / per_step:,.1f} steps an epoch; {steps:,} steps",
             *describe_files(samples, config, steps),
+            *statistics_of_files(samples, config, data.sizes),
             describe_lengths(samples, processor, config),
             f"{trained:,} of {total:,} parameters trained, {world.size} process(es)",
             f"estimated memory per process with rows of {config.row_tokens:,} tokens: {sum(memory.values()):.2f} GB",
             *(f"{size:10.2f} GB  {name}" for name, size in memory.items()),
         ]
         if world.first:
-            print("\n".join(lines))
+            picture = Path(config.output_dir or "runs") / "samples.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            draw_samples(samples, picture)
+            print("\n".join([*lines, f"eight samples with their boxes: {picture}"]))
     return 0
 
 
@@ -57,6 +64,15 @@ def describe_files(samples: Sequence[Sample], config: RunConfig, steps: int) -> 
             f"  {file.name}: {sizes[number]:,} samples, {share:.1%} of each step, {passes:,.2f} passes; "
             f"template {file.template}, rewards {' '.join(file.rewards)}"
         )
+    return lines
+
+
+def statistics_of_files(samples: Sequence[Sample], config: RunConfig, sizes: dict[str, tuple[int, int]]) -> list[str]:
+    """What each data file holds: images, boxes, where the boxes lie."""
+    lines = []
+    for number, file in enumerate(config.files):
+        text = statistics_text([sample for sample in samples if sample.file == number], sizes)
+        lines += [f"{file.name}:", *(f"  {line}" for line in text.splitlines())]
     return lines
 
 

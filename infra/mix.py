@@ -86,10 +86,14 @@ def _read_entry(entry: dict, plain: DataFile, source: str) -> DataFile:
             near = difflib.get_close_matches(key, KEYS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(KEYS)}"
             raise ValueError(f"{source}: unknown key {key!r}: {hint}")
-    if not isinstance(entry.get("file"), str) or not entry["file"]:
-        raise ValueError(f'{source}: "file" is {entry.get("file")!r}: the path of a data file is expected')
+    for key in ("file", "image_root", "template", "eval_image_root"):
+        if not isinstance(entry.get(key, ""), str):
+            raise ValueError(f'{source}: "{key}" is {entry[key]!r}: a text is expected')
+    if not entry.get("file"):
+        raise ValueError(f'{source}: it has no "file": the path of a data file is expected')
     rewards = _listed(entry.get("rewards", list(plain.rewards)), str, "rewards", source)
     default_weights = plain.weights if "rewards" not in entry else (1.0,) * len(rewards)
+    weights = _listed(entry.get("weights", list(default_weights)), (int, float), "weights", source)
     eval_files = entry.get("eval_file", [])
     eval_files = [eval_files] if isinstance(eval_files, str) else eval_files
     file = DataFile(
@@ -98,12 +102,10 @@ def _read_entry(entry: dict, plain: DataFile, source: str) -> DataFile:
         image_root=entry.get("image_root", plain.image_root) or str(Path(entry["file"]).parent),
         template=entry.get("template", plain.template),
         rewards=tuple(rewards),
-        weights=tuple(
-            map(float, _listed(entry.get("weights", list(default_weights)), (int, float), "weights", source))
-        ),
+        weights=tuple(map(float, weights)),
         share=entry.get("share", 0.0),
         eval_files=tuple(_listed(eval_files, str, "eval_file", source)),
-        eval_image_root=entry.get("eval_image_root", ""),
+        eval_image_root=entry.get("eval_image_root", entry.get("image_root", plain.eval_image_root)),
         task=entry.get("task", ""),
     )
     if file.task not in ("", "detection"):
@@ -112,7 +114,10 @@ def _read_entry(entry: dict, plain: DataFile, source: str) -> DataFile:
         raise ValueError(
             f'{source}: "share" is {file.share!r}: a number above 0 is expected; drop a file that gives none'
         )
-    check_file(file, source)
+    try:
+        check_file(file)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     return file
 
 
@@ -122,19 +127,19 @@ def _listed(values: object, kind: type | tuple, key: str, source: str) -> list:
     return values
 
 
-def check_file(file: DataFile, source: str) -> None:
+def check_file(file: DataFile) -> None:
     """Refuses an unknown template or reward, a reward named twice, and a wrong number of weights."""
     template_text(file.template)
     if not file.rewards:
-        raise ValueError(f"{source}: rewards are empty: name at least one")
+        raise ValueError("rewards are empty: name at least one")
     for spec in file.rewards:
         check_plugin(spec)
     if len(set(file.rewards)) < len(file.rewards):
-        raise ValueError(f"{source}: rewards {' '.join(file.rewards)} name one twice: give it a weight instead")
+        raise ValueError(f"rewards {' '.join(file.rewards)} name one twice: give it a weight instead")
     names = [spec.rpartition(":")[2] for spec in file.rewards]
     if len(set(names)) < len(names):
-        raise ValueError(f"{source}: rewards {' '.join(file.rewards)} end in one name, which the log cannot tell apart")
+        raise ValueError(f"rewards {' '.join(file.rewards)} end in one name, which the log cannot tell apart")
     if len(file.weights) != len(file.rewards):
-        raise ValueError(f"{source}: {len(file.weights)} weights for {len(file.rewards)} rewards: give one each")
+        raise ValueError(f"{len(file.weights)} weights for {len(file.rewards)} rewards: give one each")
     if not all(map(math.isfinite, file.weights)):
-        raise ValueError(f"{source}: weights are {list(file.weights)}: finite numbers are expected")
+        raise ValueError(f"weights are {list(file.weights)}: finite numbers are expected")

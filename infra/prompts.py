@@ -5,13 +5,15 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
-from data import BadSample, Sample, check_samples, mixed_indices, read_samples, step_indices
+from data import BadSample, Sample, mixed_indices, read_samples, step_indices
 from infra.config import RunConfig
+from infra.datacheck import check_data
 from infra.mix import DataFile, file_names
 from infra.parallel import World, all_sum
 from infra.runlog import append_rows, read_rows
@@ -21,8 +23,17 @@ from rewards import check_truth
 MAX_BAD_SHARE = 0.01  # of the samples used; more means a broken data set rather than a broken file
 
 
-def load_run_samples(config: RunConfig, world: World) -> tuple[list[Sample], dict[str, list[Sample]]]:
-    """(training samples, evaluation sets by name): the evaluation files, or what is held out of each data file."""
+@dataclass(frozen=True)
+class RunSamples:
+    """What a run trains and evaluates on."""
+
+    training: list[Sample]
+    eval_sets: dict[str, list[Sample]]  # the evaluation files, or what is held out of each data file
+    sizes: dict[str, tuple[int, int]]  # (width, height) of the images that were opened, by path
+
+
+def load_run_samples(config: RunConfig, world: World) -> RunSamples:
+    """Reads and checks the data files and evaluation files of a run."""
     files = config.files
     sets = [_read(config, file, file.file, file.image_root, number) for number, file in enumerate(files)]
     pairs = [(number, path) for number, file in enumerate(files) for path in file.eval_files]
@@ -30,15 +41,18 @@ def load_run_samples(config: RunConfig, world: World) -> tuple[list[Sample], dic
     for number, path in pairs:
         root = files[number].eval_image_root or str(Path(path).parent)
         eval_sets.append(_read(config, files[number], path, root, number))
-    check_samples([sample for part in [*sets, *eval_sets] for sample in part], progress=world.first)
+    sizes, warnings = check_data([*sets, *eval_sets], progress=world.first)
+    if world.first:
+        for warning in warnings:
+            tqdm.write(f"warning: {warning}")
     if eval_sets:
         limited = [seeded_sample(part, config.eval_limit, config.seed) for part in eval_sets]
         named = dict(zip(file_names([path for _, path in pairs]), limited, strict=True))
-        return [sample for part in sets for sample in part], named
+        return RunSamples([sample for part in sets for sample in part], named, sizes)
     splits = [split_held_out(part, config.held_out, config.seed) for part in sets]
     names = ["held_out"] if len(sets) == 1 else [file.name for file in files]
     held_out = {name: part for name, (_, part) in zip(names, splits, strict=True) if part}
-    return [sample for part, _ in splits for sample in part], held_out
+    return RunSamples([sample for part, _ in splits for sample in part], held_out, sizes)
 
 
 def _read(config: RunConfig, file: DataFile, path: str, root: str, number: int) -> list[Sample]:

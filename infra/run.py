@@ -33,6 +33,7 @@ from infra.optim import (
 from infra.parallel import STOPPED, World, all_gather, all_sum, compute_dtype, drawing, process_group
 from infra.policy import load_policy, load_reference
 from infra.prompts import PromptFeed, load_run_samples
+from infra.report import write_report
 from infra.rows import Row, pack_rows
 from infra.runlog import RunLog, append_rows, open_run, read_rows
 from infra.stop import StopSignal
@@ -40,6 +41,7 @@ from metrics.summary import headline, summarize
 from model.vlm import Prompt, banned_token_ids, blank_prompt, check_special_tokens, eos_token_ids, trainable
 from rollout import see_images, tower_is_frozen
 
+MAX_ANSWERS = 200  # of each evaluation set that answers.jsonl keeps
 RECENT = 25  # steps that warnings look back on
 
 
@@ -144,7 +146,7 @@ class Run:
 
     def evaluate(self) -> float | None:
         """Evaluates the policy on each set and logs the figures; returns the headline figure of the first set."""
-        score, config = None, self.config
+        score, config, answers = None, self.config, []
         for name, samples in self.eval_sets.items():
             file = config.files[samples[0].file]
             protocol = Protocol(
@@ -163,7 +165,24 @@ class Run:
             self.log.write("eval.jsonl", self.step, {f"eval/{name}/{key}": value for key, value in summary.items()})
             figures = "  ".join(f"{key} {value:.4g}" for key, value in summary.items())
             self.log.say(f"step {self.step}, {name}: {figures}")
+            shown = rows[:: 1 + (len(rows) - 1) // MAX_ANSWERS]
+            answers += [{"step": self.step, "set": name, "of": len(rows), **row} for row in shown]
+        self.report(answers)
         return score
+
+    def report(self, answers: Sequence[dict] = ()) -> None:
+        """Writes the answers of an evaluation to answers.jsonl, in place of the last ones, and then the page."""
+        if not self.world.first:
+            return
+        try:
+            fresh = self.out / ".answers.jsonl.partial"
+            fresh.unlink(missing_ok=True)
+            if answers and append_rows(fresh, answers):
+                fresh.rename(self.out / "answers.jsonl")
+            if self.config.report:
+                write_report([self.out])
+        except Exception as error:  # a page is not worth a run: the disk may be full, an image may be gone
+            self.log.say(f"warning: step {self.step}: report.html is not written: {type(error).__name__}: {error}")
 
     def warn_once(self, warnings: dict[str, str]) -> None:
         """Prints each warning whose cause is new; from the third step on, since one or two steps prove little."""
@@ -246,7 +265,8 @@ def start_run(config: RunConfig) -> Iterator[Run]:
     began, dtype = time.monotonic(), compute_dtype(config.dtype)
     with process_group(bf16=dtype == torch.bfloat16, shard_within_node=config.shard_within_node) as world:
         out = open_run(config, world)
-        samples, eval_sets = load_run_samples(config, world)
+        data = load_run_samples(config, world)
+        samples = data.training
         num_steps = total_steps(config, len(samples))
         policy, processor = load_policy(config, world)
         check_special_tokens(processor, samples)
@@ -261,7 +281,8 @@ def start_run(config: RunConfig) -> Iterator[Run]:
                 blank = replace(blank, inputs=see_images(policy, blank))
         pixels = (config.min_pixels, config.max_pixels)
         packaging = Packaging(config.model, dtype, pixels, evaluation_settings(config))
-        origin = {"num_samples": len(samples), "model": model_fingerprint(config.model)}
+        files = [[file.template, list(file.rewards), list(file.weights), file.share] for file in config.files]
+        origin = {"num_samples": len(samples), "model": model_fingerprint(config.model), "files": files}
         keeper = CheckpointKeeper(out, policy, optimizers, config, world, packaging, origin)
         step = keeper.resume() if config.resume else 0
         log = RunLog(out, config, world, step)
@@ -274,7 +295,7 @@ def start_run(config: RunConfig) -> Iterator[Run]:
             reference=reference,
             optimizers=optimizers,
             feed=PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl", step),
-            eval_sets=eval_sets,
+            eval_sets=data.eval_sets,
             keeper=keeper,
             log=log,
             stop=StopSignal(config.max_hours, began, says=world.first),

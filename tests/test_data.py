@@ -1,6 +1,6 @@
 """data.py on small files in the real formats, good and broken.
 
-`python test_data.py` measures how long a file of 400,000 lines takes to start with, and the memory it needs.
+`python -m tests.test_data` measures how long it takes to read and check a file of 400,000 lines, and the memory.
 """
 
 import json
@@ -57,11 +57,118 @@ def test_training_jsonl_of_vlm_r1_is_read(root):
                             f"{root}/train.jsonl:1", os.path.realpath(root))  # fmt: skip
 
 
+def write_list(root, *records, name="eval.json"):
+    path = root / name
+    path.write_text(json.dumps(records, indent=1))
+    return path
+
+
 def test_evaluation_json_of_vlm_r1_is_read(root):
-    path = root / "eval.json"
-    path.write_text(json.dumps([{"image": "a.png", "problem": "the red thing", "solution": [1, 2, 30, 20.5]}]))
+    path = write_list(root, {"image": "a.png", "problem": "the red thing", "solution": [1, 2, 30, 20.5]})
     [sample] = read_samples(path, root)
     assert (sample.question, sample.answer, sample.has_boxes) == ("the red thing", "[1, 2, 30, 20.5]", True)
+
+
+USER = {"role": "user", "content": "<image>Who are they?"}
+ASSISTANT = {"role": "assistant", "content": "They're Kane and Gretzka from Bayern Munich."}
+SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
+VIDEO_PARTS = [{"type": "video"}, {"type": "text", "text": "x"}]
+TRL_PARTS = [{"type": "image", "text": None}, {"type": "text", "text": "Where is the cup?"}]
+CHAT_LINES = {  # name: (line, question, answer, number of images)
+    "LLaMA-Factory": (
+        {"messages": [USER, ASSISTANT], "images": ["mllm_demo_data/1.jpg"]},
+        "<image>Who are they?", "They're Kane and Gretzka from Bayern Munich.", 1),
+    "LLaMA-Factory, several images": (
+        {"messages": [USER | {"content": "<image><image>Which is older?"}, ASSISTANT | {"content": "The first."}],
+         "images": ["mllm_demo_data/1.jpg", "mllm_demo_data/2.jpg"]},
+        "<image><image>Which is older?", "The first.", 2),
+    "LLaMA-Factory, text alone": (
+        {"messages": [USER | {"content": "hi"}, ASSISTANT | {"content": "Hello!"}]}, "hi", "Hello!", 0),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cup."}],
+         "images": ["cups/1.jpg"]}, "What is it?", "A cup.", 1),
+    "TRL, parts": (
+        {"images": ["a.png"], "messages": [
+            {"role": "user", "content": TRL_PARTS},
+            {"role": "assistant", "content": [{"type": "text", "text": '{"bbox_2d": [1, 2, 30, 20]}'}]}]},
+        "<image>Where is the cup?", '{"bbox_2d": [1, 2, 30, 20]}', 1),
+    "TRL, parts with an image amid the text": (
+        {"image": "a.png", "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Here "}, {"type": "image"},
+                                         {"type": "text", "text": " is what?"}]},
+            ASSISTANT | {"content": "A cup."}]},
+        "Here <image> is what?", "A cup.", 1),
+    "TRL, a prompt and its solution": (
+        {"prompt": [{"role": "user", "content": TRL_PARTS}], "image": "a.png", "solution": "[1, 2, 30, 20]"},
+        "<image>Where is the cup?", "[1, 2, 30, 20]", 1),
+    "a text as the prompt": ({"prompt": "2 + 2 = ?", "solution": "4"}, "2 + 2 = ?", "4", 0),
+    "ms-swift, a message and its solution": (
+        {"messages": [{"role": "user", "content": "<image>Find the cup."}], "images": ["a.png"],
+         "solution": [1, 2, 30, 20]}, "<image>Find the cup.", "[1, 2, 30, 20]", 1),
+    "messages whose answer is a list of boxes": (
+        {"messages": [USER, ASSISTANT | {"content": [{"bbox_2d": [1, 2, 30, 20], "label": "cup"}]}], "images": "a.png"},
+        "<image>Who are they?", '[{"bbox_2d": [1, 2, 30, 20], "label": "cup"}]', 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHAT_LINES)
+@pytest.mark.parametrize("as_list", [False, True])
+def test_chat_data_is_read_in_the_forms_that_people_have(root, name, as_list):
+    line, question, answer, num_images = CHAT_LINES[name]
+    [sample] = read_samples(write_list(root, line) if as_list else write(root, line), root)
+    assert (sample.question, sample.answer, len(sample.images)) == (question, answer, num_images)
+    assert sample.has_boxes == ("[1, 2, 30, 20]" in answer) and sample.extra == {}
+    content = chat_messages(sample, "plain")[0]["content"]
+    assert [part["type"] for part in content].count("image") == num_images
+
+
+CHAT_REFUSALS = {  # name: (line, reason)
+    "a system message": ({"messages": [SYSTEM, USER, ASSISTANT], "image": "a.png"}, "put its text into --template"),
+    "a long conversation": ({"messages": [USER, ASSISTANT, USER, ASSISTANT], "image": "a.png"}, "found 4 turns"),
+    "a question alone": ({"messages": [USER], "image": "a.png"}, "found 1 turns"),
+    "two answers": ({"messages": [USER, ASSISTANT], "solution": "Kane", "image": "a.png"}, "found 3 turns"),
+    "an answer that asks": ({"messages": [USER, USER], "image": "a.png"}, "turns by ['user', 'user']"),
+    "a message without content": ({"messages": [{"role": "user"}, ASSISTANT]}, 'with a "value" or "content"'),
+    "a video": ({"messages": [USER | {"content": VIDEO_PARTS}, ASSISTANT]}, "the question is [{'type': 'video'}"),
+    "an image in the answer": (
+        {"messages": [USER, ASSISTANT | {"content": TRL_PARTS}], "image": "a.png"},
+        "the answer",
+    ),
+    "image and images": ({"messages": [USER, ASSISTANT], "image": "a", "images": ["a"]}, 'both "image" and "images"'),
+    "an image written out": ({"messages": [USER, ASSISTANT], "images": [{"bytes": "iVBORw0K"}]}, "a list of paths"),
+    "a part without its image": ({"messages": [USER | {"content": TRL_PARTS}, ASSISTANT]}, "1 <image> marks for 0"),
+}
+
+
+@pytest.mark.parametrize("name", CHAT_REFUSALS)
+def test_chat_data_that_is_not_one_question_and_one_answer_is_refused(root, name):
+    line, reason = CHAT_REFUSALS[name]
+    with pytest.raises(ValueError, match="train.jsonl:2: ") as error:
+        read_samples(write(root, record(), line), root)
+    assert reason in str(error.value)
+
+
+def test_a_sample_without_an_id_is_named_by_file_and_line_however_the_path_is_typed(root, monkeypatch):
+    anonymous = {key: value for key, value in record().items() if key != "id"}
+    path = write(root, record(), anonymous, record() | {"id": None})
+    monkeypatch.chdir(root)
+    for typed in (path, Path("train.jsonl"), Path("..") / root.name / "train.jsonl"):
+        samples = read_samples(typed, root)
+        assert [sample.id for sample in samples] == ["7", "train.jsonl:2", "train.jsonl:3"]
+        assert samples[1].source == f"{typed}:2"
+    [sample] = read_samples(write_list(root, anonymous), root)
+    assert (sample.id, sample.source) == ("eval.json, item 1", f"{root}/eval.json, item 1")
+
+
+def test_keys_that_are_not_ours_are_kept_for_rewards(root):
+    more = {"dataset": "refcoco", "height": 30, "boxes": [[1, 2], {"a": None}]}
+    lines = [record(), record(), record(**more), record(**more), record(difficulty=2)]
+    samples = read_samples(write(root, *lines), root)
+    assert [sample.extra for sample in samples] == [{}, {}, more, more, {"difficulty": 2}]
+    assert samples[0].extra is samples[1].extra and samples[2].extra is samples[3].extra  # they cost memory once
+    assert Sample("s", "q", "a", (), "", False, "here").extra == {}
+    [sample] = read_samples(write_list(root, {"problem": "q", "solution": "a", "accu_reward_method": "mcq"}), root)
+    assert sample.extra == {}
 
 
 def test_several_images_none_and_a_method_of_its_own_are_read(root):
@@ -78,12 +185,6 @@ def test_the_original_name_of_a_method_becomes_ours(root):
     assert sample.reward == "od_length" and sample.has_boxes
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_no_error(root):
-    path = root / "train.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(record()).encode() + b"\r\n\r\n")
-    assert len(read_samples(path, root)) == 1
-
-
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -92,7 +193,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_error(root):
     [
         ("{broken", "not JSON"),
         ("[1, 2]", "an object is expected"),
-        ({"image": "a.png"}, "neither"),
+        ({"image": "a.png"}, "none of conversations, messages, prompt, problem"),
         (record(question=" "), "question"),
         (record(question=["x"]), "question"),
         (record(image=3), '"image" is 3'),
@@ -105,7 +206,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_error(root):
         (record('[{"bbox_2d": [5, 5, 1, 1], "label": "cat"}]'), "swapped"),
         (record(accu_reward_method="llm"), "accu_reward_method"),
         ({"conversations": [{"value": "only one"}]}, "conversations"),
-        ({"conversations": [{"value": "q"}, {"value": "a"}, {"value": "q"}]}, "3 turns"),
+        ({"conversations": [{"value": "q"}, {"value": "a"}, {"value": "q"}]}, "found 3 turns"),
     ],
 )
 def test_a_bad_line_is_named_with_file_line_and_reason(root, line, reason):
@@ -113,6 +214,49 @@ def test_a_bad_line_is_named_with_file_line_and_reason(root, line, reason):
     with pytest.raises(ValueError, match="train.jsonl:2: ") as error:
         read_samples(path, root)
     assert reason in str(error.value)
+
+
+def test_a_bad_item_of_a_list_is_named_with_its_number(root):
+    path = write_list(root, record(), record(), record(question=" "))
+    with pytest.raises(ValueError, match=r"eval.json, item 3: the question is ' '"):
+        read_samples(path, root)
+    path.write_text("[" + json.dumps(record()) + ",\n {'a': 1}]")
+    with pytest.raises(ValueError, match=r"eval.json: not JSON: .*line 2 column 3"):
+        read_samples(path, root)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_file_of_one_object_is_refused_and_a_list_or_lines_are_read(root, indent):
+    path = root / "train.json"
+    path.write_text(json.dumps(record(), indent=indent))
+    with pytest.raises(
+        ValueError, match="train.json: holds one object" if indent is None else "train.json:1: not JSON"
+    ):
+        read_samples(path, root)
+    path.write_text(json.dumps([record()], indent=indent))
+    assert len(read_samples(path, root)) == 1
+    path.write_text(json.dumps(record()) + "\n" + json.dumps(record()))
+    assert len(read_samples(path, root)) == 2
+
+
+def test_a_swapped_box_that_may_be_x_y_width_height_says_so(root):
+    with pytest.raises(ValueError, match=r"If this is x, y, width, height, write \[30, 2, 31, 22\]"):
+        read_samples(write(root, record("[30, 2, 1, 20]")), root)
+    for box in ("[30, 2, 1, -20]", "[-30, 9, 40, 2]", "[1, 2, NaN, 20]"):
+        with pytest.raises(ValueError, match="swapped corners or no area") as error:
+            read_samples(write(root, record(box)), root)
+        assert "width" not in str(error.value)
+
+
+def test_a_path_made_on_windows_is_named_as_the_cause(root):
+    (root / "sub").mkdir()
+    with pytest.raises(ValueError, match='train.jsonl:1: .*a.png\' is no file.*must have "/" for each backslash'):
+        check_samples(read_samples(write(root, record(image="sub\\a.png")), root))
+    with pytest.raises(ValueError, match="is no file") as error:
+        check_samples(read_samples(write(root, record(image="sub/a.png")), root))
+    assert "backslash" not in str(error.value)
+    (root / "odd\\name.png").write_bytes((root / "a.png").read_bytes())
+    check_samples(read_samples(write(root, record(image="odd\\name.png")), root))  # elsewhere it is a letter
 
 
 def test_missing_and_empty_files_and_directories_are_refused(root):
@@ -147,6 +291,14 @@ def test_a_box_in_a_sideways_photo_is_measured_as_a_viewer_shows_it(root):
     Image.new("RGB", (40, 30)).save(root / "turned.jpg", exif=exif)
     assert load_image(str(root / "turned.jpg")).size == (30, 40)
     check_samples(read_samples(write(root, record("[1, 1, 29, 39]", image="turned.jpg")), root))
+
+
+def test_the_sizes_that_were_read_come_back_and_boxes_may_be_left_to_another_check(root):
+    samples = read_samples(write(root, record(), record("[1, 1, 22, 5]", image="b.jpg")), root)
+    assert check_samples(samples, boxes=False) == {str(root / "a.png"): (40, 30), str(root / "b.jpg"): (20, 60)}
+    assert check_samples(samples[:1]) == {str(root / "a.png"): (40, 30)}
+    with pytest.raises(BadSample, match="leaves its image of 20 x 60 pixels"):
+        check_samples(samples)
 
 
 def test_only_a_share_of_very_many_headers_is_read(root, monkeypatch):

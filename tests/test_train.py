@@ -320,7 +320,7 @@ def test_a_run_writes_what_the_documents_list(checkpoint, scenes, tmp_path):
     evaluations = read_rows(out / "eval.jsonl")
     assert [row["step"] for row in evaluations] == [0, 1, 2] and "eval/test/mean_iou" in evaluations[0]
     group = read_rows(out / "completions.jsonl")[0]["group"]
-    assert len(group) == 3 and group[0].keys() == {"completion", "rewards", "advantage"}
+    assert len(group) == 3 and group[0].keys() == {"completion", "rewards", "reward", "advantage"}
     assert (out / "checkpoints" / "step-000002" / "model.safetensors").exists()
     assert json.loads((out / "config.json").read_text())["options"]["group_size"] == 3
     assert list((out / "tensorboard").iterdir())
