@@ -7,7 +7,7 @@ template, pixels, length and seed of that run, unless told otherwise, so its log
 import sys
 
 import toy
-from infra.config import MAX_PIXELS, EvalConfig
+from infra.config import EvalConfig
 from infra.options import config_from_command_line
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a mistyped option answer at once
@@ -29,6 +29,7 @@ from infra.parallel import World, compute_dtype, launch, process_group, shard_mo
 from infra.prompts import seeded_sample
 from metrics.detection import OVDEVAL_GROUPS, ovdeval_overall
 from metrics.summary import compare, summarize
+from model.families import MAX_PIXELS, MIN_PIXELS
 from model.vlm import describe_processor, load_any
 from rewards import reads_boxes
 
@@ -70,7 +71,13 @@ def settle(config: EvalConfig) -> tuple[EvalConfig, list[Target]]:
     """
     path = Path(config.model) / EVALUATION_FILE
     saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    defaults = {"max_completion_tokens": 256, "max_pixels": MAX_PIXELS, "min_pixels": 3136, "box_space": "", "seed": 42}
+    defaults = {
+        "max_completion_tokens": 256,
+        "max_pixels": MAX_PIXELS,
+        "min_pixels": MIN_PIXELS,
+        "box_space": "",
+        "seed": 42,
+    }
     open_options = {name for name in defaults if getattr(config, name) in (None, "")}
     config = replace(config, **{name: saved.get(name, defaults[name]) for name in open_options})
     if config.max_pixels < config.min_pixels:

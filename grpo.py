@@ -59,12 +59,28 @@ def token_weights(
         return ones / num_tokens
     if variant == "dr_grpo":  # arXiv 2503.20783: a constant, so no length is favoured
         if max_completion_tokens is None:
-            raise ValueError(
-                'variant "dr_grpo" divides by max_completion_tokens, which is None: pass the limit drawn to'
-            )
+            raise ValueError('variant "dr_grpo" divides by max_completion_tokens, which is None: pass it')
         return ones / (num_completions * max_completion_tokens)
-    # clamp: an empty completion must add nothing instead of 0 / 0.
+    # At least 1: an empty completion adds nothing instead of 0 / 0.
     return ones / (mask.sum(1, keepdim=True).clamp(min=1) * num_completions)
+
+
+def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, variant: str) -> Tensor:
+    """How many times as likely each token is as when it was drawn, [N, C]; with "gspo" one number per completion."""
+    # The padding must not matter, even if it holds NaN: zero the difference there before anything else.
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if variant == "gspo":  # each token gets the mean log-ratio of its completion (arXiv 2507.18071, eq. 7)
+        lengths = mask.sum(1, keepdim=True).clamp(min=1)
+        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(log_ratio)
+    return log_ratio.exp()
+
+
+def is_clamped(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor) -> Tensor:
+    """Whether the log-ratio of each token to the old policy or to the reference is clamped, [N, C] bool."""
+    clamped = torch.where(mask, logprobs - old_logprobs, 0.0).abs() > MAX_LOG_RATIO
+    if ref_logprobs is not None:
+        clamped = clamped | (torch.where(mask, ref_logprobs - logprobs, 0.0).abs() > MAX_LOG_RATIO)
+    return clamped
 
 
 def grpo_loss(
@@ -82,52 +98,46 @@ def grpo_loss(
     num_tokens: int | Tensor | None = None,
     max_completion_tokens: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped, KL-penalised loss of this micro-batch, and its figures; both add up over micro-batches and ranks.
+    """The clipped, KL-penalised loss of this micro-batch and its figures; both add up over micro-batches and ranks.
 
-    num_completions and num_tokens are those of the whole optimizer step, by default those of the batch given.
+    num_completions and num_tokens count the whole optimizer step; by default they count the batch given.
     variant: "grpo" averages over each completion's tokens, then over completions (VLM-R1); "dapo" over all tokens;
     "dr_grpo" divides the sum by num_completions * max_completion_tokens; "gspo" has one ratio per completion.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is unknown: choose one of {', '.join(VARIANTS)}")
-    if (ref_logprobs is None) != (beta == 0):
-        raise ValueError(
-            f"beta is {beta} and ref_logprobs is {'None' if ref_logprobs is None else 'given'}: a penalty "
-            "needs both, no penalty neither"
-        )
+    _check_arguments(variant, beta, ref_logprobs)
     assert logprobs.shape == old_logprobs.shape == mask.shape and advantages.shape == mask.shape[:1]
-    lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
     num_completions = len(mask) if num_completions is None else num_completions
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
 
-    # The padding must not matter, even if it holds NaN: zero the difference there before anything else.
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # [N, C]
-    if variant == "gspo":  # the mean log-ratio of the completion, on each of its tokens (arXiv 2507.18071, eq. 7)
-        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(log_ratio)
-    ratio = log_ratio.exp()
-    advantage = advantages[:, None]
+    ratio, advantage = policy_ratio(logprobs, old_logprobs, mask, variant), advantages[:, None]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     token_loss = -torch.minimum(ratio * advantage, clipped * advantage)
     kl = torch.zeros_like(token_loss)
     if ref_logprobs is not None:
         kl = k3_divergence(torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0))
         token_loss = token_loss + beta * kl
-
     weights = token_weights(mask, variant, num_completions, num_tokens, max_completion_tokens).to(token_loss.dtype)
     loss = (token_loss * weights).sum()
 
-    clamped = torch.where(mask, logprobs - old_logprobs, 0.0).abs() > MAX_LOG_RATIO
-    if ref_logprobs is not None:
-        clamped = clamped | (torch.where(mask, ref_logprobs - logprobs, 0.0).abs() > MAX_LOG_RATIO)
-    per_token = {
+    # VLM-R1 logs the opposite of a clip fraction (tokens whose unclipped term counts); these are the clipped ones.
+    figures = {
         "kl": kl,
-        "clamped": clamped,
-        # VLM-R1 logs the opposite of a clip fraction (tokens whose unclipped term counts); these are the clipped ones.
+        "clamped": is_clamped(logprobs, old_logprobs, ref_logprobs, mask),
         "clip_low": (ratio < 1 - clip_low) & (advantage < 0),
         "clip_high": (ratio > 1 + clip_high) & (advantage > 0),
     }
-    figures = {
-        name: (torch.where(mask, values.to(ratio.dtype), 0.0).sum() / num_tokens).detach()
-        for name, values in per_token.items()
-    }
-    return loss, figures
+    return loss, {name: _token_mean(values.to(ratio.dtype), mask, num_tokens) for name, values in figures.items()}
+
+
+def _check_arguments(variant: str, beta: float, ref_logprobs: Tensor | None) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is unknown: choose one of {', '.join(VARIANTS)}")
+    if beta and ref_logprobs is None:
+        raise ValueError(f"beta is {beta} and ref_logprobs is None: pass the log-probs under the reference")
+    if not beta and ref_logprobs is not None:
+        raise ValueError("beta is 0 and ref_logprobs is given: pass None, or a beta above 0 for a penalty")
+
+
+def _token_mean(values: Tensor, mask: Tensor, num_tokens: int | Tensor) -> Tensor:
+    """This batch's part of the mean over num_tokens tokens."""
+    return (torch.where(mask, values, 0.0).sum() / num_tokens).detach()

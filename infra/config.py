@@ -15,8 +15,8 @@ from infra.mix import DataFile, check_file, file_names, read_mix
 from infra.modelcheck import check_model
 from infra.options import check_bounds, option
 from infra.plugins import check_plugin
+from model.families import MAX_PIXELS, MIN_PIXELS
 
-MAX_PIXELS = 1_003_520  # 1,280 image tokens of 28 x 28; the hub's configs say 12.8 million, 16,384 tokens an image
 BOX_SPACE = "space of the model's boxes: pixels of the resized image, or 0..1000; by default the family's own"
 
 
@@ -50,7 +50,7 @@ class PromptOptions:
 
     template: str = option("rec", "name of a prompt template in data.py, or a text that holds {question}")
     max_pixels: int = option(MAX_PIXELS, "a larger image is shrunk to this many pixels")
-    min_pixels: int = option(3136, "a smaller image is enlarged to this many pixels", above=0)
+    min_pixels: int = option(MIN_PIXELS, "a smaller image is enlarged to this many pixels", above=0)
     box_space: Literal["", "pixels", "thousand"] = option("", BOX_SPACE)
     max_completion_tokens: int = option(2048, "longest completion, in training and evaluation", above=0)
 
@@ -337,7 +337,9 @@ class AnswerOptions:
     template: str = option("", "name of a prompt template in data.py, or a text that holds {question}; rec by default")
     max_completion_tokens: int | None = option(None, "longest answer; 256 by default", above=0)
     max_pixels: int | None = option(None, f"a larger image is shrunk to this many pixels; {MAX_PIXELS:,} by default")
-    min_pixels: int | None = option(None, "a smaller image is enlarged to this many pixels; 3,136 by default", above=0)
+    min_pixels: int | None = option(
+        None, f"a smaller image is enlarged to this many pixels; {MIN_PIXELS:,} by default", above=0
+    )
     box_space: Literal["", "pixels", "thousand"] = option("", BOX_SPACE)
     limit: int = option(0, "evaluate this many samples of each file, drawn with --seed; 0 means all", least=0)
     seed: int | None = option(None, "seed of that draw; by default the run's, else 42 as in VLM-R1", least=0)

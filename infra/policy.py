@@ -8,7 +8,7 @@ from transformers import ProcessorMixin
 from infra.config import RunConfig
 from infra.parallel import World, compute_dtype, shard_model
 from model.lora import add_adapters, choose_layers
-from model.vlm import describe_processor, is_within, load_model, vision_modules
+from model.vlm import describe_processor, load_model
 
 
 def load_policy(config: RunConfig, world: World) -> tuple[nn.Module, ProcessorMixin]:
@@ -40,10 +40,7 @@ def load_policy(config: RunConfig, world: World) -> tuple[nn.Module, ProcessorMi
 
 def put_adapters(model: nn.Module, config: RunConfig) -> None:
     """Puts adapters on the layers that the options name, and freezes everything else."""
-    layers, vision = choose_layers(model, config.lora_targets), vision_modules(model)
-    frozen = [name for name in layers if config.freeze_vision and is_within(name, vision)]
-    if frozen:
-        raise ValueError(f"lora_targets name {frozen[0]}, which freeze_vision freezes: leave one of the two out")
+    layers = choose_layers(model, config.lora_targets)
     model.requires_grad_(False)
     add_adapters(
         model,

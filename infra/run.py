@@ -269,7 +269,7 @@ def start_run(config: RunConfig) -> Iterator[Run]:
         samples = data.training
         num_steps = total_steps(config, len(samples))
         policy, processor = load_policy(config, world)
-        check_special_tokens(processor, samples)
+        check_special_tokens(processor, [*samples, *itertools.chain.from_iterable(data.eval_sets.values())])
         if world.first:
             say_overrides(samples, config)
         second = getattr(config, "needs_reference_model", False)

@@ -1,17 +1,17 @@
-"""What differs between model families, in one table.
+"""What differs between model families, in one table, and the spaces that they write boxes in.
 
 There is no class per family and no test of a path: the model type comes from the checkpoint's config, and everything
 that a processor returns passes through unopened. docs/families.md names the source of each box space.
+
+The file imports neither torch nor transformers, so a command can read it before it parses its options.
 """
 
-import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
-from transformers import PreTrainedModel
-
 DECODER_LAYERS = "model.language_model.layers"
+MIN_PIXELS = 3136  # 4 image tokens of 28 x 28
+MAX_PIXELS = 1_003_520  # 1,280 image tokens; the hub's configs allow 12.8 million pixels, which are 16,384 tokens
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,8 @@ class Family:
     box_space: str  # "pixels" of the resized image, or "thousand": 0..1000 on both axes
     vision: str  # name of the vision tower's module
     vision_blocks: str  # name of its blocks, which are sharded one by one
+    projector: str = ""  # name of the module that leads into the language model, if it is outside the tower
     frames: int = 1  # GLM's processor takes an image for a video of two frames and counts each pixel twice
-    # The modules between tower and language model, as a regular expression; InternVL has them outside the tower.
-    projector: str = r"model\.visual\.(merger|deepstack_merger_list\.\d+|downsample)"
 
 
 # A new family is one row here and one case in tests/test_families.py.
@@ -33,10 +32,7 @@ FAMILIES = {
     "qwen3_vl": Family("thousand", "model.visual", "model.visual.blocks"),
     "qwen3_vl_moe": Family("thousand", "model.visual", "model.visual.blocks"),
     "internvl": Family(
-        "thousand",
-        "model.vision_tower",
-        "model.vision_tower.encoder.layer",
-        projector=r"model\.multi_modal_projector",
+        "thousand", "model.vision_tower", "model.vision_tower.encoder.layer", "model.multi_modal_projector"
     ),
     "glm4v": Family("thousand", "model.visual", "model.visual.blocks", frames=2),
 }
@@ -59,64 +55,50 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-# ---- modules -------------------------------------------------------------------------------------------------------
+def counted_pixels(model_type: str, pixels: tuple[int, int]) -> tuple[int, int]:
+    """The least and most pixels of an image as the family's processor counts them."""
+    least, most = pixels
+    frames = family_of(model_type).frames
+    return least * frames, most * frames
 
 
-def projector_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the modules that carry the tower's output to the language model."""
-    pattern = family_of(model.config.model_type).projector
-    return [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
-
-
-def vision_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the vision tower and of its projector."""
-    return [family_of(model.config.model_type).vision, *projector_modules(model)]
-
-
-def is_within(name: str, modules: Iterable[str]) -> bool:
-    """Whether a parameter or module of that name is one of these modules or inside one."""
-    return any(f"{name}.".startswith(f"{module}.") for module in modules)
-
-
-def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters that are trained."""
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-# ---- box spaces ----------------------------------------------------------------------------------------------------
+# ---- boxes: [x1, y1, x2, y2]; sizes are (width, height) ------------------------------------------------------------
 
 
 def to_model_box(
-    box: list[float],
+    box: Sequence[float],
     image_size: tuple[int, int],
     input_size: tuple[int, int],
     family: str,
     box_space: str | None = None,
 ) -> list[float]:
-    """A box [x1, y1, x2, y2] of the original image in the space that `family` answers in; sizes are (width, height).
+    """A box of the original image in the space that `family` (a model type) answers in.
 
-    `box_space`, "pixels" or "thousand", overrides the family's own.
+    `input_size` is the size of the image after the processor; `box_space`, "pixels" or "thousand", overrides the
+    family's own space.
     """
-    width, height = _box_frame(input_size, family, box_space)
-    x, y = width / image_size[0], height / image_size[1]
-    return [box[0] * x, box[1] * y, box[2] * x, box[3] * y]
+    return _scaled(box, image_size, _box_frame(input_size, family, box_space))
 
 
 def to_image_box(
-    box: list[float],
+    box: Sequence[float],
     image_size: tuple[int, int],
     input_size: tuple[int, int],
     family: str,
     box_space: str | None = None,
 ) -> list[float]:
     """The inverse: a box that the model answered, in pixels of the original image."""
-    width, height = _box_frame(input_size, family, box_space)
-    x, y = image_size[0] / width, image_size[1] / height
+    return _scaled(box, _box_frame(input_size, family, box_space), image_size)
+
+
+def _scaled(box: Sequence[float], before: tuple[int, int], after: tuple[int, int]) -> list[float]:
+    """The box when an image of size `before` is resized to `after`."""
+    x, y = after[0] / before[0], after[1] / before[1]
     return [box[0] * x, box[1] * y, box[2] * x, box[3] * y]
 
 
 def _box_frame(input_size: tuple[int, int], family: str, box_space: str | None) -> tuple[int, int]:
-    """Width and height of the whole image in the space of the boxes."""
+    """The size of the whole image in the space of the boxes."""
     frames = {"thousand": (1000, 1000), "pixels": input_size}
     space = box_space or family_of(family).box_space
     if space not in frames:

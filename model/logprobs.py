@@ -1,13 +1,12 @@
 """Log-probs and entropies of tokens without a [tokens, vocabulary] tensor.
 
-`import torch` is all it needs: the file lifts out as it is.
+The file needs nothing but torch, so it lifts out as it is.
 
 Shapes: T tokens, H hidden size, V vocabulary.
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,8 +53,9 @@ class _LinearLogprobs(torch.autograd.Function):
             logits = _block_logits(hidden, weight[block], banned, temperature)
             before, largest = largest, torch.maximum(largest, logits.amax(1))
             shrink = (before - largest).exp()
-            place = (ids - block.start).clamp(0, logits.shape[1] - 1)
-            own = torch.where(place == ids - block.start, logits.gather(1, place[:, None])[:, 0], own)
+            index = ids - block.start
+            place = index.clamp(0, logits.shape[1] - 1)
+            own = torch.where(place == index, logits.gather(1, place[:, None])[:, 0], own)
             exps = (logits - largest[:, None]).exp_()
             total = total * shrink + exps.sum(1)
             weighted = weighted * shrink + exps.mul_(logits).sum(1)
@@ -73,13 +73,14 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for block, banned in ctx.blocks:
             log_p = _block_logits(hidden, weight[block], banned, ctx.temperature).sub_(normalizers[:, None])
-            grad = torch.zeros_like(log_p) if grad_entropies is not None else None
-            if grad is not None:  # d entropy / d logit_v = -p_v (log p_v + entropy)
-                grad -= log_p.exp() * (log_p + entropies[:, None]) * grad_entropies[:, None]
+            grad = None
+            if grad_entropies is not None:  # d entropy / d logit_v = -p_v (log p_v + entropy)
+                grad = log_p.exp() * (log_p + entropies[:, None]) * -grad_entropies[:, None]
             if grad_logprobs is not None:  # d logp(id) / d logit_v = [v is id] - p_v
                 share = log_p.exp_().mul_(-grad_logprobs[:, None])
-                place = (ids - block.start).clamp(0, share.shape[1] - 1)
-                share.scatter_add_(1, place[:, None], (grad_logprobs * (place == ids - block.start))[:, None])
+                index = ids - block.start
+                place = index.clamp(0, share.shape[1] - 1)
+                share.scatter_add_(1, place[:, None], (grad_logprobs * (place == index))[:, None])
                 grad = share if grad is None else grad.add_(share)
             grad = grad.div_(ctx.temperature).to(weight.dtype)
             grad_hidden += _fp32_mm(grad, weight[block])
@@ -88,14 +89,20 @@ class _LinearLogprobs(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
 
 
-def _vocabulary_blocks(size: int, banned_ids: Sequence[int], chunk: int, device: torch.device) -> list:
-    """(slice, banned ids counted from its start) of each block; cut on the host, which need not wait for the device."""
+def _vocabulary_blocks(
+    size: int, banned_ids: Sequence[int], chunk: int, device: torch.device
+) -> list[tuple[slice, Tensor]]:
+    """Each block as a slice of the vocabulary, with the banned ids in it, counted from its start."""
     banned = sorted(set(banned_ids))
-    blocks = [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
-    borders = pairwise([bisect_left(banned, block.start) for block in blocks] + [len(banned)])
     on_device = torch.tensor(banned, dtype=torch.long)
     on_device = on_device.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_device.to(device)
-    return [(block, on_device[first:last] - block.start) for block, (first, last) in zip(blocks, borders, strict=True)]
+    blocks = []
+    for start in range(0, size, chunk):
+        stop = min(start + chunk, size)
+        # Cut by positions that the host knows: a comparison on the device would make the host wait for it.
+        first, last = bisect_left(banned, start), bisect_left(banned, stop)
+        blocks.append((slice(start, stop), on_device[first:last] - start))
+    return blocks
 
 
 def _block_logits(hidden: Tensor, weight: Tensor, banned: Tensor, temperature: float) -> Tensor:

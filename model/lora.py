@@ -55,7 +55,7 @@ class LoRALinear(nn.Linear):
 
 
 def choose_layers(model: nn.Module, targets: Sequence[str] = ()) -> list[str]:
-    """Full names of the decoder's linear layers that end in one of the targets, as q_proj; of all if there are none.
+    """Full names of the decoder's linear layers that the targets name, as q_proj does; of all layers without targets.
 
     The head is never among them: it is multiplied in blocks as a bare weight, which an adapter would not see.
     """
@@ -95,7 +95,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     layers, training = adapted_layers(model), model.training
     for layer in layers.values():
         layer.lora_on = False
-    model.train(training and not layers)
+    if layers:
+        model.eval()
     try:
         yield
     finally:
@@ -139,7 +140,9 @@ def is_adapter(name_or_path: str) -> bool:
 def load_adapter(model: nn.Module, directory: Path) -> None:
     """Puts the adapter in such a directory on its base model."""
     config = json.loads((directory / "adapter_config.json").read_text())
-    found = [name for name in UNSUPPORTED if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
+    found = [name for name in UNSUPPORTED if config.get(name)]
+    if config.get("bias", "none") != "none":
+        found.append("bias")
     if config["peft_type"] != "LORA" or found:
         raise ValueError(
             f"{directory}: a {config['peft_type']} adapter with {', '.join(found) or 'no further settings'}: only "
@@ -177,7 +180,7 @@ def base_of(name_or_path: str) -> str:
 def merge_adapters(model: nn.Module) -> None:
     """Adds each adapter to its weight, W + (alpha / r) B A in fp32, and removes it from the layer."""
     for layer in adapted_layers(model).values():
-        merged = layer.weight.data.float() + layer.lora_scale * (layer.lora_B.data @ layer.lora_A.data).float()
-        layer.weight.data.copy_(merged)
+        change = layer.lora_B.data.float() @ layer.lora_A.data.float()
+        layer.weight.data.copy_(layer.weight.data.float() + layer.lora_scale * change)
         del layer.lora_A, layer.lora_B
         layer.__class__ = nn.Linear

@@ -1,18 +1,17 @@
 """Loading a model with its processor, and turning a sample into the prompt that the model reads.
 
 A prompt is whatever the processor returns: `input_ids` plus tensors that are joined along their first dimension.
-Left out: video, remote code (only model types that transformers itself has are supported).
+Left out: video, and code that a checkpoint brings along (transformers has every supported model type itself).
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -24,29 +23,19 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, PROCESSO
 
 from data import IMAGE_MARK, BadSample, Sample, chat_messages, check_boxes, load_image, move_answer_boxes
 from model.attention import use_shared_prefix
-from model.families import (
+from model.families import (  # noqa: F401, some for others to import from here
     DECODER_LAYERS,
     FAMILIES,
+    MAX_PIXELS,
+    MIN_PIXELS,
+    counted_pixels,
     family_of,
-    is_within,
-    projector_modules,
     to_image_box,
     to_model_box,
-    trainable,
-    vision_modules,
 )
 from model.lora import base_of, is_adapter, load_adapter
 
-__all__ = [  # the public names of model/families.py are at home here too
-    "DECODER_LAYERS", "FAMILIES", "MAX_PIXELS", "MIN_PIXELS", "Prompt", "banned_token_ids", "blank_prompt",
-    "build_prompt", "check_special_tokens", "checkpoint_activations", "counted_pixels", "describe_processor",
-    "eos_token_ids", "family_of", "family_of_processor", "has_pixel_budget", "image_only", "is_within", "load_any",
-    "load_config", "load_model", "load_processor", "projector_modules", "to_image_box", "to_model_box", "trainable",
-    "vision_modules",
-]  # fmt: skip
-
-MAX_PIXELS = 1_003_520  # 1,280 image tokens at 28 x 28; the hub's configs say 12.8 million, 16,384 tokens an image
-MIN_PIXELS = 3136
+VISION_MARKS = ("<img>", "</img>", "<|begin_of_image|>", "<|end_of_image|>")  # vision tokens that no config names
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +71,7 @@ def load_model(
     gradient_checkpointing: bool = False,
     empty: bool = False,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model, on the CPU and in eval mode, and its processor with the pixel budget set.
+    """The model, on the CPU and in eval mode, and its processor.
 
     `empty` leaves the weights out (meta tensors); `parallel.shard_model` fills them from the rank that has them.
     """
@@ -104,7 +93,7 @@ def load_model(
 
 
 def load_any(name_or_path: str, **options) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """load_model for a model or for the directory of an adapter, which is put on its base."""
+    """What load_model returns, for a model or for the directory of an adapter, which is put on its base."""
     if not is_adapter(name_or_path):
         return load_model(name_or_path, **options)
     model, processor = load_model(base_of(name_or_path), **options)
@@ -113,11 +102,11 @@ def load_any(name_or_path: str, **options) -> tuple[PreTrainedModel, ProcessorMi
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
-    """The config of a supported model; the message says why another one is refused."""
+    """The config of a model; raises ValueError if its type or its attention is not supported."""
     try:
-        # The model type is read from the JSON first: a checkpoint that brings its own code is refused before it runs.
+        # Read as JSON first, so that the message for an unsupported type is ours.
         family_of(PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type", ""))
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)  # None would ask
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)  # None asks at the terminal
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model {name_or_path}: no directory here, and the hub does not give it: {reason}") from error
@@ -131,15 +120,34 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Turns gradient checkpointing on, whatever this version of transformers calls it."""
-    if "activation_checkpointing_enable" in dir(model):  # 5.23; the older name is deprecated there
+    """Turns gradient checkpointing on."""
+    if hasattr(model, "activation_checkpointing_enable"):  # since transformers 5.23, which deprecates the older name
         model.activation_checkpointing_enable()
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+def vision_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the vision tower and of its projector."""
+    family = family_of(model.config.model_type)
+    return [family.vision, family.projector] if family.projector else [family.vision]
+
+
+def is_within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a parameter or module of that name is one of these modules or inside one."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
+
+
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters of all that is trained."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+# ---- processors ----------------------------------------------------------------------------------------------------
+
+
 class _ImageOnly:
-    """A mixin for a processor class that leaves out its video part, since video processors need torchvision."""
+    """Mixed into a processor class, leaves out its video part: video processors need torchvision."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -172,12 +180,6 @@ def has_pixel_budget(processor: ProcessorMixin) -> bool:
     """Whether the processor resizes images within a pixel budget; otherwise it cuts them into tiles."""
     size = processor.image_processor.size
     return "shortest_edge" in size and "longest_edge" in size
-
-
-def counted_pixels(model_type: str, pixels: tuple[int, int]) -> tuple[int, int]:
-    """The least and most pixels of an image in the count of the family's processor."""
-    frames = family_of(model_type).frames
-    return pixels[0] * frames, pixels[1] * frames
 
 
 def describe_processor(processor: ProcessorMixin, box_space: str = "") -> str:
@@ -217,7 +219,7 @@ def build_prompt(
     By default the family is the one that the processor belongs to; `box_space` overrides the family's space.
     """
     family = family or family_of_processor(processor)
-    _refuse_special_tokens(processor, sample, BadSample)
+    _refuse_special_tokens(sample, _special_tokens(processor))
     images = [load_image(path, sample.root) for path in sample.images]
     messages = chat_messages(sample, template)
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -240,22 +242,22 @@ def build_prompt(
 
 def check_special_tokens(processor: ProcessorMixin, samples: Iterable[Sample]) -> None:
     """Refuses a question or an answer that spells a special token: it would end a turn or stand for an image."""
+    special = _special_tokens(processor)
     for sample in samples:
-        _refuse_special_tokens(processor, sample, ValueError)
+        _refuse_special_tokens(sample, special)
 
 
-def _refuse_special_tokens(processor: ProcessorMixin, sample: Sample, error: type[ValueError]) -> None:
-    match = _special_tokens(processor).search(f"{sample.question}\n{sample.answer}".replace(IMAGE_MARK, ""))
-    if match:
-        raise error(
-            f"{sample.source}: the text spells {match[0]}, a special token of the model: remove it, or write it with a "
-            "space inside"
-        )
+def _refuse_special_tokens(sample: Sample, special: re.Pattern[str]) -> None:
+    for part, text in (("question", sample.question.replace(IMAGE_MARK, " ")), ("answer", sample.answer)):
+        if found := special.search(text):
+            raise BadSample(
+                f"{sample.source}: the {part} spells {found[0]}, a special token of the model: remove it, or write it "
+                "with a space inside"
+            )
 
 
-@cache
-def _special_tokens(processor: ProcessorMixin) -> re.Pattern:
-    """An expression that finds every text which tokenizer or processor reads as a special token."""
+def _special_tokens(processor: ProcessorMixin) -> re.Pattern[str]:
+    """Matches every text that the tokenizer or the processor reads as a special token."""
     special = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
     special |= {value for name, value in vars(processor).items() if name.endswith("_token") and value}
     return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
@@ -282,9 +284,9 @@ def _input_size(processor: ProcessorMixin, inputs: dict, image_size: tuple[int, 
 
 def eos_token_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
     """Every id that ends an answer: the tokenizer's, and the ids in the generation config (Qwen has two)."""
-    ids = model.generation_config.eos_token_id
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    return sorted({*ids, processor.tokenizer.eos_token_id})
+    ids = model.generation_config.eos_token_id  # an id, several, or None
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({*ids, processor.tokenizer.eos_token_id} - {None})
 
 
 def banned_token_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
@@ -292,19 +294,10 @@ def banned_token_ids(model: PreTrainedModel, processor: ProcessorMixin) -> list[
 
     One drawn image token would make the next forward fail: there would be more image tokens than image features.
     """
-    size = model.get_output_embeddings().out_features
-    known = set(processor.tokenizer.get_vocab().values())
-    vision = [
-        value
-        for name, value in vars(model.config).items()
-        if name.endswith("_token_id") and name.startswith(("image", "video", "vision"))
-    ]
-    marks = [
-        token
-        for token in ("<img>", "</img>", "<|begin_of_image|>", "<|end_of_image|>")
-        if token in processor.tokenizer.get_vocab()
-    ]
-    vision += processor.tokenizer.convert_tokens_to_ids(marks)
-    return sorted(
-        {*(i for i in range(size) if i not in known), *(i for i in vision if isinstance(i, int) and i < size)}
-    )
+    size, vocabulary = model.get_output_embeddings().out_features, processor.tokenizer.get_vocab()
+    banned = set(range(size)) - set(vocabulary.values())
+    banned |= {vocabulary[token] for token in VISION_MARKS if token in vocabulary}
+    for name, value in vars(model.config).items():
+        if name.startswith(("image", "video", "vision")) and name.endswith("_token_id") and isinstance(value, int):
+            banned.add(value)
+    return sorted(index for index in banned if index < size)

@@ -1,20 +1,20 @@
-"""Every row of vlm.FAMILIES through the whole way: processor, prompts, drawing, scoring, a step, a checkpoint, boxes.
+"""Each row of families.FAMILIES all the way: processor, prompts, drawing, scoring, a step, a checkpoint, boxes.
 
 A family is built from its configuration, as a random model of 50,000 to 110,000 parameters in a directory laid out as
 on the hub. Expected values are those of plain Hugging Face: `generate`, one forward per completion, `from_pretrained`.
 """
 
 import json
-import os
 import re
-import socket
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from helpers import ALONE, make_completions, relative_difference, step_gradients
+from helpers import ALONE, make_completions, relative_difference, set_rank, spawn, step_gradients
 from PIL import Image
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedTokenizerFast
@@ -24,16 +24,17 @@ import toy
 import toy.model
 from data import IMAGE_MARK, BadSample, Sample
 from infra import checkpoint
-from infra.checkpoint import save_checkpoint
+from infra.checkpoint import Packaging, save_checkpoint
 from infra.parallel import gathered, process_group, shard_model
+from model.families import FAMILIES, family_of, to_image_box, to_model_box
 from model.vlm import (
-    FAMILIES,
     build_prompt,
+    check_special_tokens,
     describe_processor,
     has_pixel_budget,
     load_model,
     load_processor,
-    to_image_box,
+    vision_modules,
 )
 from rollout import TOKEN_KEYS, completion_logprobs, sample_completions
 
@@ -79,10 +80,13 @@ def write_checkpoint(family, directory, seed=3):
     case = CASES[family]
     tiles = "GotOcr2" in case["images"]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=toy.model.build_tokenizer().backend_tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        unk_token="<unk>", extra_special_tokens=INTERNVL if tiles else {},
+        tokenizer_object=toy.model.build_tokenizer().backend_tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<unk>",
+        extra_special_tokens=INTERNVL if tiles else {},
         chat_template=toy.model.CHAT_TEMPLATE.replace(QWEN["mark"], case["mark"]),
-    )  # fmt: skip
+    )
     tokenizer.add_tokens([*toy.model.SPECIAL, *case["tokens"].values()], special_tokens=True)
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in case["tokens"].items()}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
@@ -152,6 +156,27 @@ def make_prompts(processor, samples):
     return [build_prompt(processor, sample, template="plain") for sample in samples]
 
 
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_read_without_torch_and_transformers():
+    code = "import sys, model.families; assert not {'torch', 'transformers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
+
+
+def test_an_unknown_model_type_is_refused_with_those_that_work():
+    with pytest.raises(ValueError, match="'blip' is not supported: one of qwen2_vl"):
+        family_of("blip")
+
+
+def test_the_modules_that_the_table_names_are_all_that_is_not_the_language_model(loaded, family):
+    model, _ = loaded
+    vision, blocks = vision_modules(model), FAMILIES[family].vision_blocks
+    assert blocks.startswith(f"{vision[0]}.") and len(model.get_submodule(blocks)) == 2
+    children = {f"model.{name}" for name, _ in model.model.named_children()}
+    assert children == {*vision, "model.language_model"}
+
+
 # ---- processor and prompts -----------------------------------------------------------------------------------------
 
 
@@ -174,6 +199,30 @@ def test_several_images_of_a_prompt_are_those_images_one_by_one_and_in_their_ord
     [together] = make_prompts(processor, samples[2:])
     for key in set(together) - set(TOKEN_KEYS):
         assert together[key].equal(torch.cat([prompt[key] for prompt in single]))
+
+
+def test_batches_of_text_are_padded_on_the_left_as_generate_needs_it(loaded):
+    _, processor = loaded
+    masks = processor.tokenizer(["the", "the red circle"], padding=True, return_tensors="pt")["attention_mask"]
+    assert masks[0, 0] == 0 and masks[0, -1] == 1
+
+
+def test_the_special_tokens_of_every_family_are_refused_in_a_question_and_its_own_tags_are_not(
+    loaded, family, directory
+):
+    _, processor = loaded
+    sample = make_sample(directory, "the red circle", [(64, 48)])
+    tokens = {*re.findall(r"<[^>]+>", CASES[family]["mark"]), *CASES[family]["tokens"].values(), "<|im_end|>"}
+    tokens |= {*INTERNVL.values()} if family == "internvl" else set()
+    for token in tokens:
+        wrong = replace(sample, question=f"the {token} circle")
+        with pytest.raises(ValueError, match=f"data.jsonl:7: the question spells {re.escape(token)}, a special token"):
+            check_special_tokens(processor, [sample, wrong])
+        with pytest.raises(BadSample, match=f"data.jsonl:7: the question spells {re.escape(token)}, a special token"):
+            build_prompt(processor, wrong, template="plain")
+    fine = replace(sample, question=f"{IMAGE_MARK} <think> <answer> <|im_ end|>")
+    check_special_tokens(processor, [fine])
+    assert len(build_prompt(processor, fine, template="plain")["input_ids"])
 
 
 # ---- drawing and scoring -------------------------------------------------------------------------------------------
@@ -240,16 +289,14 @@ def test_a_plain_causal_mask_fails_the_comparison(loaded, samples, monkeypatch):
 # ---- a step and a checkpoint ---------------------------------------------------------------------------------------
 
 
-def save(directory, name, model, world, source, dtype=torch.float32):
-    options = {"source": str(source), "dtype": dtype, "pixels": (256, 4096)}
-    save_checkpoint(directory / name, model, [], {"step": 1}, world, **options)
+def save(directory, name, model, world, source):
+    packaging = Packaging(str(source), torch.float32, (256, 4096), {})
+    save_checkpoint(directory / name, model, [], {"step": 1}, world, packaging)
 
 
 def two_processes(rank, port, directory):
     """A step of every family over two ranks, the second without images, and a checkpoint; results go to files."""
-    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+    set_rank(rank, 2, port)
     directory, gradients = Path(directory), {}
     with process_group(bf16=False) as world:
         for family in FAMILIES:
@@ -262,10 +309,7 @@ def two_processes(rank, port, directory):
 
 @pytest.fixture(scope="module")
 def double(directory):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(two_processes, (port, str(directory)), nprocs=2)
+    spawn(two_processes, 2, str(directory))
     return [torch.load(directory / f"rank{rank}.pt") for rank in (0, 1)]
 
 
@@ -326,6 +370,15 @@ def test_plain_transformers_loads_a_checkpoint(
 
 SIZES = [(1, 1), (3, 5), (27, 29), (640, 480), (333, 1000), (1999, 10), (10, 1990), (4000, 21), (16, 3100)]
 STEP = 16  # two patches, which become one token
+
+
+@pytest.mark.parametrize(
+    "image_size, input_size", [((640, 480), (644, 476)), ((3, 2000), (28, 5600)), ((17, 13), (56, 28))]
+)
+def test_a_box_goes_to_the_model_and_back_unchanged(family, image_size, input_size):
+    box = [0.25, 1, image_size[0] - 0.5, image_size[1]]
+    there = to_model_box(box, image_size, input_size, family)
+    assert to_image_box(there, image_size, input_size, family) == pytest.approx(box, rel=1e-12)
 
 
 @pytest.mark.parametrize("pixels", [(256, 256), (256, 4096), (3136, 1_003_520)])

@@ -108,10 +108,10 @@ REFUSED = [  # what the first of two entries has besides "file", and what the me
     ({"share": 2}, 'some entries have a "share" and some have none'),
     ({"task": "guess"}, "entry 1: \"task\" is 'guess'"),
     ({"eval_file": 3}, 'entry 1: "eval_file" is 3: a list is expected'),
-    ({"image_root": 3}, "entry 1: \"image_root\" is 3: a text is expected"),
-    ({"image_root": None}, "entry 1: \"image_root\" is None: a text is expected"),
+    ({"image_root": 3}, 'entry 1: "image_root" is 3: a text is expected'),
+    ({"image_root": None}, 'entry 1: "image_root" is None: a text is expected'),
     ({"template": ["rec"]}, "entry 1: \"template\" is ['rec']: a text is expected"),
-    ({"eval_image_root": 3}, "entry 1: \"eval_image_root\" is 3: a text is expected"),
+    ({"eval_image_root": 3}, 'entry 1: "eval_image_root" is 3: a text is expected'),
     ({"rewards": ["mth"]}, "entry 1: reward 'mth' is unknown"),
     ({"template": "rek"}, "entry 1: template 'rek' is unknown"),
 ]

@@ -98,7 +98,7 @@ def lines(path):
 
 
 def feed_of(files, config, world=ALONE):
-    samples, _ = load_run_samples(config, world)
+    samples = load_run_samples(config, world).training
     return PromptFeed(samples, toy.model.build_processor(), config, world, files / "bad.jsonl"), samples
 
 
@@ -134,7 +134,7 @@ def test_each_file_has_its_template_its_boxes_and_its_share_held_out(files):
         seen[prompt.sample.file] = ("Output the final answer in <answer>" in text, "the the " in text)
     assert seen == {0: (False, False), 1: (False, True), 2: (True, False)}
     by_file = [[s for s in samples if s.file == number] for number in range(3)]
-    held_out = load_run_samples(config, ALONE)[1]
+    held_out = load_run_samples(config, ALONE).eval_sets
     assert {name: len(part) for name, part in held_out.items()} == {"math": 1, "rec": 1, "two": 1}
     assert [len(part) for part in by_file] == [21, 23, 20]
     numbers = [s for s in (*by_file[0], *held_out["math"]) if s.answer == "[1, 2, 3, 4]"]
@@ -213,7 +213,7 @@ def test_a_warning_names_the_file_even_where_the_others_are_fine(files):
 def test_evaluation_files_take_template_and_reward_of_the_entry_that_names_them(files):
     own = {name: {"eval_file": str(files / f"{name}.jsonl"), "eval_image_root": str(files)} for name in ("math", "two")}
     write_mix(files, "evaluated.json", own["math"], {}, own["two"])
-    sets = load_run_samples(parse(files, "--eval_limit", "3", mix="evaluated.json"), ALONE)[1]
+    sets = load_run_samples(parse(files, "--eval_limit", "3", mix="evaluated.json"), ALONE).eval_sets
     assert {name: {s.file for s in part} for name, part in sets.items()} == {"math": {0}, "two": {2}}
     assert [len(part) for part in sets.values()] == [3, 3]
 
@@ -326,6 +326,18 @@ def test_a_resumed_run_of_several_files_draws_what_the_whole_one_drew(runs, file
     assert shares[0] == shares[1]
 
 
+def test_a_mix_that_has_changed_since_is_refused_on_resume(files, checkpoint, tmp_path):
+    mix = write_mix(files, "changing.json")
+    run_here(options(mix, checkpoint, tmp_path / "out", "--steps", "1", "--eval_every", "0"))
+    for change in ({"template": "no_think"}, {"rewards": ["math"]}, {"weights": [1, 2]}, {"share": 3}):
+        write_mix(files, "changing.json", change, {}, {})
+        with pytest.raises(ValueError, match="files was .* in .*step-000001 and is .* now"):
+            run_here(["--resume", str(tmp_path / "out"), "--steps", "2"])
+    write_mix(files, "changing.json", {"eval_file": str(files / "math.jsonl")}, {}, {})  # evaluation may change
+    write_mix(files, "changing.json")
+    run_here(["--resume", str(tmp_path / "out"), "--steps", "2", "--mix", mix])
+
+
 # ---- eval.py and sft.py --------------------------------------------------------------------------------------------
 
 
@@ -345,7 +357,7 @@ def test_a_checkpoint_of_several_files_knows_template_and_reward_of_each_by_name
     _, targets = evaluation.settle(eval_config("--model", model, "--data", two, other, *given))
     assert [(target.template, target.measure) for target in targets] == [("base", "iou")] * 2
     logged = [row for row in lines(runs / "one" / "eval.jsonl") if row["step"] == 4]
-    held_out = load_run_samples(parse(files), ALONE)[1]
+    held_out = load_run_samples(parse(files), ALONE).eval_sets
     capsys.readouterr()
     for number, name in enumerate(("math", "rec", "two")):
         data = [json.loads(line) for line in (files / f"{name}.jsonl").read_text().splitlines()]

@@ -1,8 +1,11 @@
-"""vlm.py: processors without torchvision, box spaces, banned tokens; the toy stands for a checkpoint on disk."""
+"""model/vlm.py: loading, processors, prompts, token ids; the toy stands for a checkpoint on disk."""
 
 import json
+import re
 import shutil
-import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +16,13 @@ import toy
 import toy.model
 from data import BadSample, Sample
 from model.vlm import (
-    FAMILIES,
     MAX_PIXELS,
     banned_token_ids,
     blank_prompt,
     build_prompt,
+    check_special_tokens,
     describe_processor,
     eos_token_ids,
-    family_of,
     family_of_processor,
     load_model,
     load_processor,
@@ -63,16 +65,6 @@ def test_true_boxes_move_into_pixels_of_the_resized_image_or_into_a_thousand(che
     assert json.loads(pixels.answer) == pytest.approx([3.2, 3.2, 16, 12.8])
     thousand = build_prompt(processor, sample([photo]), family="qwen3_vl", template="plain")
     assert json.loads(thousand.answer) == pytest.approx([100, 200, 500, 800])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "image_size, input_size", [((640, 480), (644, 476)), ((3, 2000), (28, 5600)), ((17, 13), (56, 28))]
-)
-def test_a_box_goes_to_the_model_and_back_unchanged(family, image_size, input_size):
-    box = [0.25, 1, image_size[0] - 0.5, image_size[1]]
-    there = to_model_box(box, image_size, input_size, family)
-    assert to_image_box(there, image_size, input_size, family) == pytest.approx(box, rel=1e-12)
 
 
 def test_text_answers_are_left_alone(checkpoint, photo):
@@ -151,11 +143,6 @@ def test_a_blank_prompt_holds_one_image(checkpoint):
     assert inputs["image_grid_thw"].shape == (1, 3) and inputs["pixel_values"].dtype == torch.float32
 
 
-def test_an_unknown_model_type_is_refused_with_those_that_work():
-    with pytest.raises(ValueError, match="'blip' is not supported: one of qwen2_vl"):
-        family_of("blip")
-
-
 def edited(checkpoint, directory, change):
     """A copy of the checkpoint with its config.json changed."""
     shutil.copytree(checkpoint, directory)
@@ -171,10 +158,9 @@ def edited(checkpoint, directory, change):
 def test_a_family_that_a_packed_row_would_score_wrongly_is_refused_with_the_reason(
     checkpoint, tmp_path, model_type, reason
 ):
-    code = {"AutoConfig": "code.Config"}  # of which nothing may run
-    path = edited(checkpoint, tmp_path / "other", lambda config: config | {"model_type": model_type, "auto_map": code})
+    path = edited(checkpoint, tmp_path / "other", lambda config: config | {"model_type": model_type})
     with pytest.raises(ValueError, match=f"'{model_type}' is not supported: .*{reason}"):
-        load_model(path, trust_remote_code=True)
+        load_model(path)
 
 
 def test_windows_of_attention_are_refused(checkpoint, tmp_path):
@@ -183,19 +169,71 @@ def test_windows_of_attention_are_refused(checkpoint, tmp_path):
         text = {**config["text_config"], "use_sliding_window": True, "sliding_window": 8, "layer_types": types}
         return {**config, "text_config": text}
 
-    with pytest.raises(ValueError, match="sliding_attention; a packed row is causal"):
+    with pytest.raises(ValueError, match="sliding_attention: a packed row is causal"):
         load_model(edited(checkpoint, tmp_path / "windowed", windowed))
 
 
-def test_code_of_a_checkpoint_runs_only_when_asked_for(checkpoint, tmp_path, monkeypatch):
+def test_code_that_a_checkpoint_brings_along_never_runs(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("builtins.input", lambda *text: pytest.fail("a question at the terminal"))
     code = {"AutoConfig": "code.Config", "AutoModelForImageTextToText": "code.Model", "AutoProcessor": "code.Reader"}
-    path = edited(checkpoint, tmp_path / "coded", lambda config: config | {"auto_map": code})
-    (tmp_path / "coded" / "code.py").write_text("raise RuntimeError('the code of the checkpoint ran')\n")
-    load_model(path)
-    with pytest.raises(RuntimeError, match="the code of the checkpoint ran"):
-        load_model(path, trust_remote_code=True)
+    known = edited(checkpoint, tmp_path / "known", lambda config: config | {"auto_map": code})
+    unknown = edited(checkpoint, tmp_path / "unknown", lambda config: config | {"auto_map": code, "model_type": "mine"})
+    for directory in (known, unknown):
+        (Path(directory) / "code.py").write_text("raise RuntimeError('the code of the checkpoint ran')\n")
+    load_model(known)
+    with pytest.raises(ValueError, match="'mine' is not supported"):
+        load_model(unknown)
+
+
+@pytest.mark.parametrize("name", ["owner/name", "here/or/there"])
+def test_a_model_that_is_neither_here_nor_on_the_hub_is_refused_in_one_line(monkeypatch, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # as the variable of that name sets it
+    with pytest.raises(ValueError, match=f"^model {name}: no directory here, and the hub does not give it: .*$"):
+        load_model(name)
+
+
+# ---- special tokens in the data ------------------------------------------------------------------------------------
+
+
+def special_processor():
+    """A processor with a special token more, one that only the processor reads as special, and one that is none."""
+    processor = toy.model.build_processor()
+    processor.tokenizer.add_tokens(["<|ref|>"], special_tokens=True)
+    processor.tokenizer.add_tokens(["<note>", "<clip>"])
+    processor.video_token = "<clip>"
+    return processor
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|ref|>", "<clip>", "<unk>"])
+@pytest.mark.parametrize("part", ["question", "answer"])
+def test_a_sample_that_spells_a_special_token_is_refused_with_its_line(token, part):
+    processor, usual = special_processor(), sample([], "4", "what is 2 + 2", has_boxes=False)
+    check_special_tokens(processor, [usual])
+    wrong = replace(usual, **{part: f"a{token}b"})
+    message = rf"file.jsonl:1: the {part} spells {re.escape(token)}, a special token of the model: remove it"
+    with pytest.raises(ValueError, match=message):
+        check_special_tokens(processor, [usual, wrong])
+    with pytest.raises(BadSample, match=message):
+        build_prompt(processor, wrong, template="plain")
+
+
+def test_tags_image_marks_and_ordinary_added_tokens_are_no_special_tokens(photo):
+    processor = special_processor()
+    fine = sample([photo], "<answer>a</answer>", "<|im_ <image> <note> <think> | <|im_end >", has_boxes=False)
+    check_special_tokens(processor, [fine])
+    assert build_prompt(processor, fine, template="plain")["image_grid_thw"].shape == (1, 3)
+
+
+def test_hundreds_of_thousands_of_samples_are_checked_within_seconds():
+    question = "the red circle to the left of the small blue square, in 20 or 30 words such as a user may write"
+    samples = [sample([], question=question)] * 400_000
+    processor, start = special_processor(), time.process_time()
+    check_special_tokens(processor, samples)
+    assert time.process_time() - start < 2  # 0.2 s on an idle core
+
+
+# ---- box spaces ----------------------------------------------------------------------------------------------------
 
 
 def test_the_box_space_can_be_overridden_both_ways(checkpoint, photo):
