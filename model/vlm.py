@@ -133,11 +133,6 @@ def vision_modules(model: PreTrainedModel) -> list[str]:
     return [family.vision, family.projector] if family.projector else [family.vision]
 
 
-def is_within(name: str, modules: Iterable[str]) -> bool:
-    """Whether a parameter or module of that name is one of these modules or inside one."""
-    return any(f"{name}.".startswith(f"{module}.") for module in modules)
-
-
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters of all that is trained."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -16,13 +16,14 @@ import toy
 import toy.scenes
 from data import read_samples
 from infra.config import EvalConfig
-from infra.evaluation import Protocol, answer_samples, score_answer
+from infra.evaluation import Protocol, answer_samples, score_answers
 from infra.options import parse_options
 from infra.parallel import World
 from infra.runlog import read_rows
 from metrics.summary import summarize
 from model.vlm import load_model
 from rewards import first_box, iou
+from tools.merge import merge
 
 HERE = Path(__file__).parent.parent
 PROTOCOL = Protocol(template="plain", measure="iou", max_completion_tokens=2, batch_size=4)
@@ -68,7 +69,7 @@ def test_an_overridden_box_space_is_moved_out_of_again(checkpoint, scenes, tmp_p
     for row in json.loads((tmp_path / "e.json").read_text())["rows"]["test"]:
         there = json.loads(row["truth"])
         assert there == pytest.approx([side * 1000 / 64 for side in json.loads(row["answer"])])
-        again = score_answer(row | {"completion": f"<answer>{there}</answer>"})
+        [again] = score_answers([row | {"completion": f"<answer>{there}</answer>"}])
         assert again["iou"] == 1 and again["box"] == pytest.approx(json.loads(row["answer"]))
 
 
@@ -107,7 +108,7 @@ def test_detections_are_scored_in_pixels_of_the_original_image(checkpoint, tmp_p
     assert summary["map"] == summary["map_50"] == summary["precision"] == summary["recall"] == 1.0
     assert summary["nms_ap"] == 1.0 and summary["unparsed"] == 0.0
     halved = [row | {"input_size": (32, 32)} for row in rows]  # the model saw the image at half its size
-    moved = [score_answer(row)["true"] for row in halved]
+    moved = [row["true"] for row in score_answers(halved)]
     assert moved[0][0][0] == [2 * side for side in rows[0]["true"][0][0]]
 
 
@@ -124,6 +125,14 @@ def test_a_whole_evaluation_writes_summary_and_rows_and_scores_them_again_alike(
     evaluate("--predictions", tmp_path / "e.json")
     again = json.loads(capsys.readouterr().out)
     assert again == written["summary"] and list(again["test"]) == list(written["summary"]["test"])
+
+
+def test_saved_answers_are_scored_and_compared_by_the_first_process_alone(tmp_path, capsys, monkeypatch):
+    path = saved(tmp_path / "a.json", [0.2, 0.6])
+    monkeypatch.setenv("RANK", "1")
+    assert evaluate("--predictions", path, "--output", tmp_path / "out.json") == 0
+    assert evaluate("--compare", path, path) == 0
+    assert capsys.readouterr().out == "" and not (tmp_path / "out.json").exists()
 
 
 def test_detections_and_broken_samples_are_scored_again_alike(checkpoint, tmp_path, capsys):
@@ -174,8 +183,6 @@ def logged(runs, name):
 @pytest.fixture(scope="module")
 def models(runs):
     """The same weights in three places: in their run, as a copy elsewhere, and merged from an adapter."""
-    from model.lora import merge
-
     shutil.copytree(runs / "plain" / "checkpoints" / "step-000001", runs / "elsewhere")
     merge(str(runs / "lora" / "checkpoints" / "step-000001"), str(runs / "merged"))
     (runs / "best").symlink_to(runs / "plain" / "checkpoints" / "step-000001")  # as OUT/best
@@ -241,6 +248,30 @@ def test_the_settings_go_to_stderr_so_that_stdout_is_json(models):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"test": logged(models, "plain")}
     assert "under " in done.stderr and "pixels each" in done.stderr
+
+
+def test_two_processes_print_the_settings_and_the_summary_of_one_once(models):
+    argv = ["--model", str(models / "elsewhere"), "--data", str(models / "test.jsonl"), "--limit", "8"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "eval.py", *argv], cwd=HERE, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"test": logged(models, "plain")}
+    assert done.stderr.count("evaluating ") == done.stderr.count("pixels each") == 1
+
+
+@pytest.mark.parametrize("measure, reason", [("gone.py:f", "there is no file 'gone.py'"), ("ioo", "'ioo' is unknown")])
+def test_a_reward_that_a_run_used_and_that_is_gone_is_told_before_anything_is_answered(
+    models, tmp_path, measure, reason, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "load_any", lambda *names, **named: pytest.fail("the model is loaded"))
+    shutil.copytree(models / "elsewhere", tmp_path / "copy")
+    about = json.loads((tmp_path / "copy" / "evaluation.json").read_text())
+    about["files"]["test"]["measure"] = measure
+    (tmp_path / "copy" / "evaluation.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=reason):
+        evaluate("--model", tmp_path / "copy", "--data", models / "test.jsonl")
 
 
 # ---- two evaluations compared --------------------------------------------------------------------------------------

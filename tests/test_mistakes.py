@@ -4,8 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -67,8 +65,14 @@ def break_data(root):
     change_line(root, "imageless.jsonl", lambda record: record.update(image="gone.png"))
     change_line(root, "keyless.jsonl", lambda record: record.pop("conversations"))
     change_line(root, "judged.jsonl", lambda record: record.update(accu_reward_method="llm"))
+    records = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
+    for record in records:
+        answer(str([side / 64 for side in json.loads(record["conversations"][1]["value"])]))(record)
+    (root / "shares.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     change_line(root, "four.jsonl", lambda record: None)
+    change_line(root, "special.jsonl", lambda record: record["conversations"][0].update(value="<image>the <|im_end|>"))
     files = {
+        "one.json": (root / "train.jsonl").read_text().splitlines()[0],
         "void.jsonl": "",
         "torn.jsonl": '{"image": \n',
         "notes.txt": "notes",
@@ -173,7 +177,7 @@ MISTAKES = {  # command line: the line that it prints
         "error: gone.jsonl: no such data file; give --data the path of a .jsonl or .json file"
     ),
     f"{TRAIN} --image_root nowhere": (
-        "error: nowhere: no such directory; give --image_root the one that the images of train.jsonl lie under"
+        "error: nowhere: no such directory; give --image_root the one that holds the images of train.jsonl"
     ),
     f"{TRAIN} --image_root model": (
         "error: train.jsonl:1: 'model/train/00000.png' is no file; check the image root and the name"
@@ -182,10 +186,14 @@ MISTAKES = {  # command line: the line that it prints
         "error: gone.json: no such data file; give --data the path of a .jsonl or .json file"
     ),
     f"train --model model --data torn.jsonl {SMALL}": (
-        "error: torn.jsonl:1: not JSON: Expecting value: line 2 column 1 (char 11); each line must hold one JSON object"
+        "error: torn.jsonl:1: not JSON: Expecting value: line 2 column 1 (char 11); write one JSON object per line, or "
+        "one list"
     ),
     f"train --model model --data void.jsonl {SMALL}": (
-        "error: void.jsonl: holds no sample; one JSON object a line is expected"
+        "error: void.jsonl: holds no sample; one JSON object per line is expected"
+    ),
+    f"train --model model --data one.json {SMALL}": (
+        "error: one.json: holds one object; a .json file holds a list of them: [{...}, {...}]"
     ),
     f"train --model model --data outside.jsonl {SMALL}": (
         "error: outside.jsonl:2: box [3, 4, 900, 20] leaves its image of 64 x 64 pixels; boxes are in pixels of the "
@@ -230,7 +238,7 @@ MISTAKES = {  # command line: the line that it prints
         "error: argument --variant: invalid choice: 'ppo' (choose from 'grpo', 'dapo', 'dr_grpo', 'gspo')"
     ),
     f"{TRAIN} --template rek": (
-        "error: template 'rek' is unknown: one of rec, default, detection, no_think, base, plain, or a text that holds "
+        "error: template 'rek' is unknown: one of rec, default, detection, no_think, base, plain, or a text with "
         "{question}"
     ),
     f"{TRAIN} --lora_alpha 16": "error: lora_alpha is 16 without LoRA: give a --lora_rank, or leave it out",
@@ -325,7 +333,23 @@ def test_a_mistake_prints_one_line_before_anything_is_loaded(here, capfd, monkey
 
 def test_a_swapped_box_is_refused_with_its_line(here, capfd):
     [line], _ = printed(shlex.split(f"train --model model --data swapped.jsonl {SMALL}"), capfd)
-    assert line.startswith("error: swapped.jsonl:2: box [30, 4, 10, 20] has swapped corners or no area; [x1, y1, x2,")
+    assert line.startswith(
+        "error: swapped.jsonl:2: box [30, 4, 10, 20] has swapped corners or no area; [x1, y1, x2, y2]"
+    )
+
+
+def test_boxes_in_shares_of_the_image_are_refused_with_the_numbers_and_the_remedy(here, capfd):
+    for command in ("train", "eval"):
+        small = SMALL if command == "train" else "--limit 2"
+        [line], _ = printed(shlex.split(f"{command} --model model --data shares.jsonl {small}"), capfd)
+        assert line.startswith("error: shares.jsonl: all coordinates of its 24 boxes lie between 0.")
+        assert "in images of about 64 x 64 pixels: they are shares of the image and must be pixels. Multiply x" in line
+
+
+def test_a_question_that_spells_a_special_token_is_refused(here, capfd):
+    lines, _ = printed(shlex.split(f"train --model model --data special.jsonl {SMALL}"), capfd)
+    told = "the question spells <|im_end|>, a special token of the model: remove it, or write it with a space inside"
+    assert lines == [f"error: special.jsonl:2: {told}"]
 
 
 def test_a_sample_without_question_and_answer_is_refused_with_the_keys_that_it_has(here, capfd):
@@ -376,81 +400,3 @@ def test_a_resumed_run_whose_data_or_model_is_another_is_refused_with_both(here,
     [line], _ = printed(shlex.split("train --resume out --steps 2 --data four.jsonl"), capfd)
     start = "error: num_samples was 23 in out/checkpoints/step-000001 and is 4 now: the data order, the reference and "
     assert line == start + ("what is frozen would differ; give the data and the --model that the run began with")
-
-
-# ---- in processes of their own -------------------------------------------------------------------------------------
-
-
-def run_command(words, **environment):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.run(words, cwd=HERE, capture_output=True, text=True, timeout=120, env=environment)
-
-
-def wrong_data(place):
-    return ["--model", str(place / "model"), "--data", str(place / "outside.jsonl"), *shlex.split(SMALL),
-            "--output_dir", str(place / "new")]  # fmt: skip
-
-
-def told_once(done, place):
-    told = (
-        f"error: {place}/outside.jsonl:2: box [3, 4, 900, 20] leaves its image of 64 x 64 pixels; boxes are in pixels"
-    )
-    lines = [line for line in done.stderr.splitlines() if "error: " in line]
-    return len(lines) == 1 and lines[0].startswith(told)
-
-
-def test_a_command_ends_with_the_line_alone_or_with_the_traceback_if_that_is_asked_for(place):
-    argv = ["train.py", *wrong_data(place)]
-    done = run_command([sys.executable, *argv])
-    assert done.returncode == 2 and told_once(done, place) and "Traceback" not in done.stderr, done.stderr
-    done = run_command([sys.executable, *argv, "--traceback"])
-    assert done.returncode == 1 and "error: " not in done.stderr
-    assert "Traceback" in done.stderr and "BadSample" in done.stderr.splitlines()[-1]
-
-
-def test_two_processes_of_torchrun_print_the_line_once(place):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = run_command([sys.executable, *torchrun, "train.py", *wrong_data(place)])
-    assert done.returncode == 1 and told_once(done, place), done.stderr
-    assert "exitcode  : 2" in done.stderr  # torchrun's own table of failures
-    assert str(HERE) not in done.stderr  # no traceback goes through a file of ours
-
-
-START = """
-import sys
-from infra import parallel
-from infra.config import TrainConfig
-from infra.options import config_from_command_line
-import train
-if __name__ == "__main__":
-    config = config_from_command_line(TrainConfig, sys.argv[1:], {})
-    parallel.spawn(2, parallel._run_and_report, train.main, config)
-"""
-
-
-@pytest.mark.parametrize("traceback", [False, True])
-def test_two_processes_that_the_command_starts_print_the_line_once(place, tmp_path, traceback):
-    (tmp_path / "start.py").write_text(START)
-    argv = [*wrong_data(place), *(["--traceback"] if traceback else [])]
-    done = run_command([sys.executable, str(tmp_path / "start.py"), *argv], PYTHONPATH=str(HERE))
-    if traceback:
-        assert done.returncode == 1 and "BadSample" in done.stderr and "error: " not in done.stderr
-    else:
-        assert done.returncode == 2 and told_once(done, place) and done.stderr.count("\n") == 1, done.stderr
-
-
-def test_too_few_prompts_for_the_processes_are_refused(place, tmp_path):
-    (tmp_path / "start.py").write_text(START)
-    argv = ["--model", str(place / "model"), "--data", str(place / "train.jsonl"), *shlex.split(SMALL),
-            "--output_dir", str(tmp_path / "new"), "--prompts_per_step", "1"]  # fmt: skip
-    done = run_command([sys.executable, str(tmp_path / "start.py"), *argv], PYTHONPATH=str(HERE))
-    told = "error: prompts_per_step 1 is below the 2 processes: each needs a prompt\n"
-    assert (done.returncode, done.stderr) == (2, told)
-
-
-def test_a_name_that_is_neither_a_directory_nor_on_the_hub_is_told_in_one_line(place):
-    argv = ["--model", "mdoel", "--data", str(place / "train.jsonl"), *shlex.split(SMALL)]
-    argv += ["--output_dir", str(place / "new")]
-    done = run_command([sys.executable, "train.py", *argv])
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-300:]
-    assert done.stderr.splitlines()[-1].startswith("error: model mdoel: no such directory")

@@ -82,7 +82,14 @@ def load_work(job: Job, dtype: torch.dtype) -> Work:
     samples = read_samples(job.data, job.data.parent)
     prompts = [vlm.build_prompt(processor, sample, template="plain") for sample in samples]
     never = sorted({*vlm.banned_token_ids(model, processor), *vlm.eos_token_ids(model, processor)})
-    return Work(model.to(job.device), processor, prompts, WORKLOADS[job.workload], never)
+    return Work(read_weights(model.to(job.device)), processor, prompts, WORKLOADS[job.workload], never)
+
+
+def read_weights(model: nn.Module) -> nn.Module:
+    """The model, its weights in memory: a loader only maps their file, and a first use would count as growth."""
+    for parameter in model.parameters():
+        parameter.detach().sum()
+    return model
 
 
 def repeated(prompt: vlm.Prompt, times: int, device: torch.device) -> dict[str, Tensor]:
@@ -185,6 +192,7 @@ def step_ours(job: Job, meter: Meter, *, checkpointed: bool = False) -> None:
     )  # fmt: skip
     with start_run(config) as run:
         run.banned_ids = sorted({*run.banned_ids, *run.eos_ids})
+        read_weights(run.policy)
         meter.ready()
         for step in run.steps():
             meter.on_step_begin()
@@ -326,9 +334,9 @@ def inputs_of(job: Job, way: Way) -> tuple[tuple, tuple]:
 
 def in_fresh_process(function: Callable, *arguments: Any, device: str) -> Any:
     """function(*arguments), in a process of its own."""
-    # A server that has imported everything forks the processes. CUDA cannot be forked: there each one starts anew.
+    # A server that has imported torch forks the processes. CUDA cannot be forked: there each one starts anew.
     context = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
-    context.set_forkserver_preload(["tools.bench"])
+    context.set_forkserver_preload(["train"])
     with ProcessPoolExecutor(1, mp_context=context, initializer=hush) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -362,9 +370,10 @@ class BenchConfig(BenchOptions):
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        for names, known in ((self.rows, WAYS), (self.workloads, WORKLOADS)):
-            if unknown := [name for name in names if name not in known]:
-                raise ValueError(f"{unknown[0]!r} is unknown: choose among {', '.join(known)}")
+        for option_name, known in (("rows", WAYS), ("workloads", WORKLOADS)):
+            for name in getattr(self, option_name):
+                if name not in known:
+                    raise ValueError(f"{option_name}: {name!r} is unknown: choose among {', '.join(known)}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but torch finds no GPU: leave --device out")
         if self.model and self.model not in SIZES:
@@ -377,10 +386,10 @@ def main(config: BenchConfig) -> int:
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    name = config.model or {"cuda": "3b", "cpu": "small"}[device]
+    model = config.model or {"cuda": "3b", "cpu": "small"}[device]
     results, failures = defaultdict(list), {}
     with tempfile.TemporaryDirectory() as folder:
-        jobs = plan(config, name, Path(folder), device)
+        jobs = plan(config, model, Path(folder), device)
         bar = tqdm(jobs * config.repeats, unit="cell")  # in this order the ways of a row take turns
         for job in bar:
             bar.set_description(f"{job.row} {job.workload} {job.way}")
@@ -393,7 +402,7 @@ def main(config: BenchConfig) -> int:
                 failures[job] = f"not measured ({type(error).__name__}: {reason[:200]})"
     packages = [f"{package} {version(package)}" for package in ("torch", "transformers", "trl") if find_spec(package)]
     clock = f"{torch.cuda.get_device_name()}, wall" if device == "cuda" else "one CPU thread, CPU"
-    print(f"{time.strftime('%B %Y')}; {', '.join(packages)}; model {name}; {clock} seconds,")
+    print(f"{time.strftime('%B %Y')}; {', '.join(packages)}; model {model}; {clock} seconds,")
     print(f"medians (smallest to largest) of {config.repeats} processes. Growth is that of the peak memory.\n")
     print("\n".join([*(f"- `{name}`: {WORKLOADS[name]}" for name in config.workloads), ""]))
     print("\n".join(table(jobs, results, failures)))

@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers.utils import cached_file
 
-from infra.modelcheck import check_model
+from infra.checkpoint import EVALUATION_FILE, SIDE_FILES
+from infra.modelcheck import PROCESSOR_FILES, check_model
 from model.lora import base_of, is_adapter, merge_adapters
-from model.vlm import load_any
+from model.vlm import load_any, load_config
 
 
 def merge(checkpoint: str, out: str) -> None:
@@ -22,28 +23,38 @@ def merge(checkpoint: str, out: str) -> None:
     if target.exists():
         raise ValueError(f"{target} exists: name a directory that does not")
     check_model(checkpoint)
-    model, processor = load_any(checkpoint, dtype=torch.float32)
+    base = base_of(checkpoint)
+    model, _ = load_any(checkpoint, dtype=torch.float32)
     merge_adapters(model)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.to(AutoConfig.from_pretrained(base_of(checkpoint)).dtype or torch.float32).save_pretrained(partial)
-    if not (source / "tokenizer_config.json").exists():  # PEFT saves no tokenizer
-        processor.save_pretrained(partial)
-    for path in source.iterdir():  # tokenizer, processor, chat template, evaluation.json
-        if path.is_file() and not path.name.startswith(("adapter_", "state-", "trainer.json")):
-            shutil.copyfile(path, partial / path.name)
-    for path in partial.iterdir():
-        path.chmod((source / "adapter_config.json").stat().st_mode)  # safetensors writes 0600
+    model.to(load_config(base).dtype or torch.float32).save_pretrained(partial)
+    has_processor = any((source / name).is_file() for name in PROCESSOR_FILES)  # PEFT saves none
+    copy_files(checkpoint if has_processor else base, partial)
+    mode = (partial / "config.json").stat().st_mode
+    for path in partial.iterdir():  # safetensors writes 0600, which colleagues on a shared disk cannot read
+        path.chmod(mode)
     partial.rename(target)
 
 
+def copy_files(model: str, directory: Path) -> None:
+    """Copies the tokenizer, processor and chat template files of a model, and what its run evaluates under."""
+    for name in (*SIDE_FILES, EVALUATION_FILE):
+        path = cached_file(
+            model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
+        if path is not None:
+            shutil.copyfile(path, directory / name)
+
+
 def main(argv: list[str]) -> int:
+    """Returns the exit code."""
     if len(argv) != 2:
         print("usage: python -m tools.merge CHECKPOINT OUT", file=sys.stderr)
         return 2
     try:
         merge(*argv)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{argv[1]}: base and adapter in one model")
