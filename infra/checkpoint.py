@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
 from infra.parallel import World, all_gather, all_sum
+from infra.protocol import EVALUATION_FILE
 from model.lora import adapted_layers, save_adapter
 from model.vlm import counted_pixels, trainable
 
@@ -34,9 +35,6 @@ SIDE_FILES = (
     "added_tokens.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
     "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
-
-
-EVALUATION_FILE = "evaluation.json"
 
 
 class SaveFailed(Exception):

@@ -370,7 +370,7 @@ class EvalConfig(AnswerOptions):
         if self.compare and len(self.compare) != 2:
             raise ValueError(f"compare names {len(self.compare)} files: two are compared")
         if not (self.data or self.mix or self.predictions or self.compare):
-            raise ValueError("data is empty: name at least one file to evaluate on")
+            raise ValueError(f"no data for --model {self.model}: name files with --data, or with --mix")
         if self.data and self.mix:
             raise ValueError("data and mix are both given: the mix names the files, leave --data out")
         if self.template:

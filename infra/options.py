@@ -7,6 +7,7 @@ transformers take seconds to import, and a mistyped option or `--help` should an
 import argparse
 import difflib
 import json
+import math
 import os
 import sys
 import types
@@ -38,6 +39,8 @@ def check_bounds(config: Any) -> None:
         value, bounds = getattr(config, config_field.name), config_field.metadata
         if value is None:
             continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{config_field.name} is {value}: a finite number is expected")
         if bounds["least"] is not None and value < bounds["least"]:
             raise ValueError(f"{config_field.name} is {value}: it must be at least {bounds['least']:g}")
         if bounds["above"] is not None and value <= bounds["above"]:

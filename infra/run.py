@@ -210,12 +210,15 @@ class Run:
             )
 
     def _say_goodbye(self) -> None:
+        self.report()
         best, score = self.keeper.best_step, self.keeper.best
         if best is not None:
             self.log.say(f"best: step {best}, score {score:.4f}: {self.out / 'best'}")
         elif score is not None:
             self.log.say(f"no checkpoint beats the model that the run began with, which scores {score:.4f}")
         self.log.say(f"checkpoints: {self.keeper.directory}")
+        if self.config.report:
+            self.log.say(f"a page to look at: {self.out / 'report.html'}")
         if self.stopped:
             self.log.say(f"stopped after step {self.step} of {self.num_steps}; to continue: {resume_command(self.out)}")
 

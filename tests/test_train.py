@@ -387,12 +387,12 @@ def test_without_evaluation_data_a_twentieth_is_held_out(checkpoint, scenes, tmp
     assert read_rows(tmp_path / "out" / "eval.jsonl")[0]["eval/held_out/samples"] == 1
 
 
-def test_a_dry_run_prints_what_a_run_would_do_and_writes_nothing(checkpoint, scenes, tmp_path, capsys):
+def test_a_dry_run_prints_what_a_run_would_do_and_draws_eight_samples(checkpoint, scenes, tmp_path, capsys):
     run_here(options(checkpoint, scenes, tmp_path / "out", "--dry_run"))
     text = capsys.readouterr().out
     assert "24 samples; 2 prompts and 6 completions a step; 12.0 steps an epoch; 12 steps" in text
     assert "1,104,672 of 1,104,672 parameters trained" in text and "GB  reference" in text
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["samples.png"]
 
 
 def test_a_checkpoint_keeps_the_pixel_budget_it_was_trained_under(checkpoint, scenes, tmp_path):
