@@ -282,8 +282,7 @@ def start_run(config: RunConfig) -> Iterator[Run]:
         if tower_is_frozen(policy):
             with drawing(policy, world):
                 blank = replace(blank, inputs=see_images(policy, blank))
-        pixels = (config.min_pixels, config.max_pixels)
-        packaging = Packaging(config.model, dtype, pixels, evaluation_settings(config))
+        packaging = Packaging(config.model, dtype, (config.min_pixels, config.max_pixels), evaluation_settings(config))
         files = [[file.template, list(file.rewards), list(file.weights), file.share] for file in config.files]
         origin = {"num_samples": len(samples), "model": model_fingerprint(config.model), "files": files}
         keeper = CheckpointKeeper(out, policy, optimizers, config, world, packaging, origin)
