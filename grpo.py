@@ -53,7 +53,7 @@ def token_weights(
     num_tokens: int | Tensor,
     max_completion_tokens: int | None = None,
 ) -> Tensor:
-    """The weight of each token in the sum that is the loss, [N, C] in float64."""
+    """The weight of each token in the sum that is the loss, [N, C] in float64: rounding it would add up over rows."""
     ones = mask.double()
     if variant == "dapo":  # arXiv 2503.14476: a token weighs the same in a long completion as in a short one
         return ones / num_tokens

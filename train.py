@@ -1,7 +1,7 @@
 """GRPO on a Hugging Face vision-language model; `train_step` is one step of the paper's algorithm.
 
 `python train.py` trains the toy on this machine. With --model, --data and --image_root it trains a real model, one
-process per GPU, under VLM-R1's recipe. Left out: several optimizer steps per pass, replay, reward models.
+process per GPU, under VLM-R1's recipe. Not supported: several optimizer steps per pass, replay, reward models.
 
 Shapes: B prompts of this rank, G completions of each, N = B * G, C tokens of the longest completion; n of the N
 completions share a packed row.
@@ -61,7 +61,8 @@ def train_step(run: Run) -> tuple["Rollout", dict[str, float]]:
 
     # 1. Draw G completions of each prompt and pay them by rule. An advantage compares a completion with its group.
     with run.timed("draw"):
-        rollout = pay(run, *draw(run, run.prompts()))
+        prompts, completions, draw_logprobs = draw(run, run.prompts())
+        rollout = pay(run, prompts, completions, draw_logprobs)
         advantages = group_advantages(rollout.totals, config.group_size, scale=config.divides_by_deviation)
         rollout = replace(rollout, advantages=advantages)
 
@@ -73,9 +74,12 @@ def train_step(run: Run) -> tuple["Rollout", dict[str, float]]:
     # 3. Learn. The losses of rows and ranks add up to the loss of the step, however it was cut.
     with run.timed("learn"):
         run.policy.train()
-        options, first_pass, sums = loss_options(run, rollout), [], dict.fromkeys(LOSS_FIGURES, 0.0)
+        options = loss_options(run, rollout)
+        first_pass: list[Score] = []
+        sums = dict.fromkeys(LOSS_FIGURES, 0.0)
         for _ in range(config.num_iterations):
-            scores, pass_loss = [], 0.0
+            scores = []
+            pass_loss = 0.0
             for number, row in enumerate(rows):
                 logprobs, entropies = score_row(run, run.policy, row)
                 scores.append(Score(logprobs.detach(), entropies.detach()))
@@ -200,7 +204,8 @@ def reward_call(run: Run, prompt: Prompt, number: int, spec: str, text: str) -> 
     """One reward of one completion, the `number`-th of this rank's step."""
     sample = prompt.sample
     fields = {**sample.extra, "id": sample.id, "question": sample.question, "images": sample.images}
-    seed = ((run.config.seed * 1_000_003 + run.step) * 65_537 + run.world.rank) * 8_191 + number
+    # Another seed for each run, step, rank and completion; the factors are primes above what each number reaches.
+    seed = ((run.config.seed * 1_000_003 + run.step) * 65_537 + run.world.rank) * 1_000_003 + number
     return RewardCall(spec, text, prompt.answer, fields, seed)
 
 

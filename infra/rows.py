@@ -29,11 +29,11 @@ def pack_rows(
     blank: Prompt,
     world: World,
 ) -> list[Row]:
-    """The groups of the chosen prompts in rows of at most row_tokens, as many on every rank, each with an image.
+    """The groups of the chosen prompts in rows of about row_tokens, the same number of rows on every rank.
 
     Each block of a sharded model is gathered from all ranks when it runs. A rank that ran fewer rows, or skipped the
-    vision tower for want of an image, would leave the others waiting. A blank prompt, which nothing attends to, makes
-    up for both at a cost of some 20 tokens.
+    vision tower for want of an image, would leave the others waiting. So a blank prompt, which nothing attends to,
+    fills in wherever a rank has no row or a row has no image.
     """
     lengths = [[len(ids) for ids in completions[number]] for number in chosen]
     plan = plan_rows([prompts[number]["input_ids"].shape[1] for number in chosen], lengths, row_tokens)

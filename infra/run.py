@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import shlex
 import sys
 import time
 from collections import Counter, deque
@@ -79,7 +80,10 @@ class Run:
     # ---- the loop ----
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do, each seeded and with its learning rate set; ends early if the run is told to stop."""
+        """The steps still to do, each seeded and with its learning rate set; ends early if the run is told to stop.
+
+        A new run evaluates the untrained model first; at the end it prints where everything is.
+        """
         config, start = self.config, self.step
         if start >= self.num_steps:
             self.log.say(f"{self.out} has done its {self.num_steps} steps: give more --steps to continue it")
@@ -121,7 +125,8 @@ class Run:
     def update(self, loss: float) -> float:
         """Takes an optimizer step, unless the loss or the gradient is not finite; returns the gradient's norm."""
         norm = clip_gradients([parameter for _, parameter in trainable(self.policy)], self.config.max_grad_norm)
-        finite = math.isfinite(norm) and math.isfinite(all_sum({"loss": loss}, self.world)["loss"])
+        whole_loss = all_sum({"loss": loss}, self.world)["loss"]
+        finite = math.isfinite(norm) and math.isfinite(whole_loss)  # the same on every rank
         apply_gradients(self.optimizers, finite=finite)
         self.figures["skipped_updates"] += float(not finite)
         return norm
@@ -205,7 +210,7 @@ class Run:
         if len(in_a_row) >= self.config.max_bad_steps:
             raise ValueError(
                 f"{len(in_a_row)} steps in a row, the last of them {self.step}, without a finite update: {path} "
-                f"names their samples. The weights are unchanged; the last good checkpoint is {self.keeper.newest()}. "
+                f"names their samples. The last good checkpoint is {self.keeper.newest()}. "
                 "Look at the samples, lower --learning_rate, or allow more with --max_bad_steps"
             )
 
@@ -232,8 +237,11 @@ def resume_command(out: Path) -> str:
     """The command line that continues the run, started as this process was."""
     script = os.path.basename(sys.argv[0])
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} {script} --resume {out}"
-    return f"python {script} --resume {out}"
+        per_node, size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        nodes = f"--nnodes {size // per_node} " if size > per_node else ""
+        more = "--rdzv_backend ... --rdzv_endpoint ... " if nodes else ""
+        return f"torchrun {nodes}--nproc_per_node {per_node} {more}{script} --resume {shlex.quote(str(out))}"
+    return f"python {script} --resume {shlex.quote(str(out))}"
 
 
 def total_steps(config: RunConfig, num_samples: int) -> int:
@@ -251,7 +259,7 @@ def say_overrides(samples: Sequence[Sample], config: RunConfig) -> None:
         told = ", ".join(f"{method} ({count:,})" for method, count in methods.most_common())
         tqdm.write(
             f"{methods.total():,} of {len(samples):,} samples name their own accuracy reward: {told}. It replaces "
-            f"{config.files[0].rewards[0]}"
+            "the first reward of its file"
         )
 
 

@@ -100,8 +100,8 @@ def learn(run, rollout):
     """train.train_step on a rollout that is drawn and paid already; its figures."""
     with (
         patch.object(Run, "prompts", lambda run: rollout.prompts),
-        patch.object(train, "draw", lambda run, prompts: (prompts,)),
-        patch.object(train, "pay", lambda run, prompts: rollout),
+        patch.object(train, "draw", lambda run, prompts: (prompts, None, None)),
+        patch.object(train, "pay", lambda run, prompts, completions, draw_logprobs: rollout),
     ):
         return train.train_step(run)[1]
 
