@@ -92,7 +92,7 @@ def test_loss_is_the_sum_over_tokens_written_out(variant, beta):
     loss, _ = grpo_loss(logprobs, old, ref, advantages, mask, clip_low=0.1, clip_high=0.3, beta=beta, variant=variant,
                         max_completion_tokens=7)  # fmt: skip
     expected = slow_loss(logprobs, old, ref, advantages, mask, low=0.1, high=0.3, beta=beta, variant=variant, limit=7)
-    assert float(loss) == pytest.approx(expected, rel=1e-12)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("variant", ["grpo", "dapo", "dr_grpo", "gspo"])
@@ -101,6 +101,7 @@ def test_losses_gradients_and_figures_of_micro_batches_add_up(variant):
     options = {"variant": variant, "max_completion_tokens": 7}
     whole, figures = grpo_loss(logprobs, old, ref, advantages, mask, **options)
     [gradient] = torch.autograd.grad(whole, logprobs)
+    assert not any(value.requires_grad for value in figures.values())
     options |= {"num_completions": 4, "num_tokens": int(mask.sum())}
     parts = [
         grpo_loss(logprobs[i], old[i], ref[i], advantages[i], mask[i], **options) for i in (slice(0, 1), slice(1, 4))
@@ -127,6 +128,15 @@ def test_a_clipped_token_has_no_gradient_and_is_counted_on_its_side():
     [gradient] = torch.autograd.grad(loss, logprobs)
     assert gradient[0, 0] == 0 and gradient[1, 0] == 0 and (gradient[:, 1] != 0).all()
     assert float(figures["clip_high"]) == 0.25 and float(figures["clip_low"]) == 0.25
+
+
+def test_a_ratio_that_moved_against_its_advantage_is_not_clipped():
+    logprobs = torch.tensor([[1.0], [-1.0]], requires_grad=True)  # likelier though worse, and less likely though better
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    loss, figures = grpo_loss(logprobs, torch.zeros(2, 1), None, torch.tensor([-1.0, 1.0]), mask, beta=0)
+    [gradient] = torch.autograd.grad(loss, logprobs)
+    assert_close(gradient, torch.tensor([[math.e], [-1 / math.e]]) / 2)
+    assert figures["clip_high"] == 0 and figures["clip_low"] == 0
 
 
 def test_with_one_ratio_per_completion_the_padding_is_not_counted_as_clipped():
