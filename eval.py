@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
     CONFIG = config_from_command_line(EvalConfig, sys.argv[1:], toy.PRESETS["eval"])
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,8 @@ from rewards import reads_boxes
 
 def main(config: EvalConfig) -> int:
     """Prints the summary as JSON; returns the exit code."""
+    if (config.compare or config.predictions) and os.environ.get("RANK", "0") != "0":
+        return 0  # no model is needed: the first process does it alone
     if config.compare:
         print(json.dumps(compare_files(*config.compare), indent=1))
         return 0
@@ -113,8 +116,10 @@ def saved_rows(path: str) -> dict[str, list[dict]]:
     """The rows of each data file in a JSON file that --output wrote."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: {error!r}; a file that eval.py --output wrote is expected") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); a file that eval.py --output wrote is expected") from None
+    except (KeyError, TypeError):
+        raise ValueError(f'{path} holds no "rows"; a file that eval.py --output wrote is expected') from None
 
 
 def report(config: EvalConfig, rows: dict[str, list[dict]]) -> None:

@@ -423,7 +423,11 @@ def load_reward(spec: str) -> Reward:
         raise ValueError(f"reward {spec!r}: there is no file {path!r} under {Path.cwd()}; correct the path")
     file = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(file)
-    file.loader.exec_module(module)
+    try:
+        file.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"reward {spec!r}: its file cannot be loaded: {reason}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"reward {spec!r}: {path} has no function {name!r}: define (completion, answer) -> float")

@@ -378,6 +378,8 @@ class EvalConfig(AnswerOptions):
         for path in (*self.compare, self.predictions):
             if path and not Path(path).is_file():
                 raise ValueError(f"{path}: no such file; a file that eval.py --output wrote is expected")
+        if self.output and Path(self.output).is_dir():
+            raise ValueError(f"output {self.output} is a directory: give the path of a file")
         if self.output and not Path(self.output).resolve().parent.is_dir():
             raise ValueError(
                 f"output {self.output}: its directory does not exist; make it first, or the answers are lost"

@@ -20,6 +20,8 @@ def check_model(name: str) -> None:
         _check_directory(path)
     elif not _may_be_on_the_hub(name):
         hint = "; write the path with / instead of \\" if "\\" in name else ""
+        if path.name == "best" and (path.parent / "checkpoints").is_dir():
+            hint = f"; nothing has beaten the start of that run yet: give one of {path.parent / 'checkpoints'}"
         raise ValueError(f"model {name}: no such directory{hint}")
 
 
@@ -55,8 +57,12 @@ def _check_directory(directory: Path) -> None:
     if index.is_file():
         names = set(_json(index).get("weight_map", {}).values())
     if not names:
-        pickled = " Pickled weights (*.bin) are never read: convert them." if list(directory.glob("*.bin")) else ""
-        raise ValueError(f"model {directory}: it has no weights (*.safetensors).{pickled} {_contents(directory)}")
+        if list(directory.glob("*.bin")):
+            raise ValueError(
+                f"model {directory}: its weights are pickled (*.bin), which can run code when they are read: convert "
+                "them to safetensors"
+            )
+        raise ValueError(f"model {directory}: it has no weights (*.safetensors); {_contents(directory)}")
     for name in sorted(names):
         _check_weights(directory / name)
 

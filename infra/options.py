@@ -181,12 +181,16 @@ def _saved_options(run: Path, config_class: type) -> dict:
         raise ValueError(f"{path}: no such file; --resume takes the output directory of a run")
     try:
         saved = json.loads(path.read_text())["options"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): start a new run, or write the file again") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): start a new run, or write the file again") from None
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} holds no options: --resume takes the directory of a run, not a checkpoint") from None
     names = {entry.name for entry in fields(config_class)}
-    if names != set(saved):
+    differ = sorted(names ^ set(saved))
+    if differ:
         raise ValueError(
-            f"{path} was written by another version or another command: the options {sorted(names ^ set(saved))} differ"
+            f"{path} was written by another command or another version of this one: {len(differ)} options differ, as "
+            f"{', '.join(differ[:3])}; resume it with the command that began it"
         )
     return {**saved, "resume": str(run), "output_dir": str(run)}
 

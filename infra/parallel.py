@@ -5,6 +5,7 @@ Masters stay fp32 while bf16 computes, since at a learning rate of 1e-6 bf16 wei
 fp32 the same code runs without sharding. Left out: tensor, context and pipeline parallelism, CPU offload.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -90,6 +91,9 @@ def _first_to_report() -> bool:
 
 def spawn(count: int, main: Callable, *arguments: object) -> None:
     """Runs main(*arguments) in `count` processes of this machine; an error in one ends all of them."""
+    # An error is told in one line: torch's and Python's words about processes that end early would surround it.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     workers = mp.spawn(_worker, (count, free_port(), main, arguments), nprocs=count, join=False)
     # Ctrl-C reaches every process of the terminal by itself, but a scheduler's SIGTERM reaches only this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from infra.config import EvalConfig
 from infra.mix import DataFile, file_names, read_mix
+from infra.plugins import check_plugin
 from model.families import MAX_PIXELS, MIN_PIXELS
 
 EVALUATION_FILE = "evaluation.json"  # in a checkpoint of a run
@@ -42,18 +43,20 @@ def settle(config: EvalConfig) -> tuple[EvalConfig, list[Target]]:
     if config.max_pixels < config.min_pixels:
         raise ValueError(f"max_pixels {config.max_pixels} is below min_pixels {config.min_pixels}")
     targets = targets_of_mix(config) if config.mix else targets_of_files(config, saved)
+    for target in targets:
+        if target.measure != "detection":
+            check_plugin(target.measure)
     return config, targets
 
 
 def describe_protocol(config: EvalConfig, targets: Sequence[Target]) -> str:
     """What an evaluation runs under, in a few lines."""
-    lines = [f"evaluating {config.model}"]
+    path = Path(config.model) / EVALUATION_FILE
+    lines = [f"evaluating {config.model}" + (f" under {path}" if path.is_file() else "")]
     lines += [f"  {target.name}: template {target.template!r}, {target.measure}" for target in targets]
-    lines.append(
-        f"  {config.min_pixels:,} to {config.max_pixels:,} pixels, at most {config.max_completion_tokens} tokens"
-    )
-    if config.limit:
-        lines.append(f"  {config.limit} samples of each file, drawn with seed {config.seed}")
+    limit = f", {config.limit} samples drawn with seed {config.seed}" if config.limit else ""
+    pixels = f"{config.min_pixels:,} to {config.max_pixels:,} pixels"
+    lines.append(f"  {pixels}, at most {config.max_completion_tokens} tokens{limit}")
     return "\n".join(lines)
 
 

@@ -237,7 +237,7 @@ def resume_command(out: Path) -> str:
     """The command line that continues the run, started as this process was."""
     script = os.path.basename(sys.argv[0])
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        per_node, size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        per_node, size = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("WORLD_SIZE", 1))
         nodes = f"--nnodes {size // per_node} " if size > per_node else ""
         more = "--rdzv_backend ... --rdzv_endpoint ... " if nodes else ""
         return f"torchrun {nodes}--nproc_per_node {per_node} {more}{script} --resume {shlex.quote(str(out))}"

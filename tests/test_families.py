@@ -164,6 +164,11 @@ def test_the_table_is_read_without_torch_and_transformers():
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
 
 
+def test_of_all_families_qwen2_5_vl_alone_answers_in_pixels():  # docs/families.md names the sources
+    assert [name for name, family in FAMILIES.items() if family.box_space != "thousand"] == ["qwen2_5_vl"]
+    assert FAMILIES["qwen2_5_vl"].box_space == "pixels"
+
+
 def test_an_unknown_model_type_is_refused_with_those_that_work():
     with pytest.raises(ValueError, match="'blip' is not supported: one of qwen2_vl"):
         family_of("blip")

@@ -142,7 +142,7 @@ def command_lines(page):
 def test_every_command_is_accepted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(options_of, "check_model", lambda name: None)  # the models are not here
-    [mix], [judge] = blocks(TRAINING, "json"), blocks(TRAINING, "python")
+    [mix], [judge, *_] = blocks(TRAINING, "json"), blocks(TRAINING, "python")
     for name, text in {"mix.json": mix, "judge.py": judge, "base.json": "", "val.json": ""}.items():
         Path(name).write_text(text)
     found = [command for page in PAGES.values() for command in command_lines(page)]
