@@ -82,13 +82,14 @@ def targets_of_files(config: EvalConfig, saved: dict) -> list[Target]:
 
 def targets_of_mix(config: EvalConfig) -> list[Target]:
     """The evaluation files of a mix, or a data file of it that has none."""
-    plain = DataFile("", "", config.image_root, config.template or "rec", ("iou",), (1.0,))
+    root = config.image_root
+    plain = DataFile("", "", root, config.template or "rec", ("iou",), (1.0,), eval_image_root=root)
     found = []
     for entry in read_mix(config.mix, plain):
         if not entry.eval_files:
             found.append((entry.file, entry.image_root, entry))
         for path in entry.eval_files:
-            found.append((path, entry.eval_image_root or entry.image_root, entry))
+            found.append((path, entry.eval_image_root or str(Path(path).parent), entry))
     names = file_names([path for path, _, _ in found])
     return [
         Target(name, path, root, entry.template, entry.measure)

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from infra.config import TrainConfig
+from infra.config import EvalConfig, TrainConfig
 from infra.mix import DataFile, file_names, read_mix
 from infra.options import parse_options
+from infra.protocol import settle
 
 PLAIN = DataFile("", "", "images", "base", ("iou", "format"), (1.0, 0.5))
 A, B = {"file": "d/a.jsonl"}, {"file": "d/b.jsonl"}
@@ -57,6 +58,14 @@ def test_an_evaluation_file_has_the_image_root_of_its_entry_unless_it_has_its_ow
     ):
         [file] = parse(write(tmp_path, entry), *options).files
         assert file.eval_image_root == root, entry
+
+
+def test_evaluating_a_mix_looks_for_images_where_training_does(tmp_path):
+    entry = {**A, "eval_file": "v/val.json"}
+    for more, options, root in (({}, [], "v"), ({"image_root": "coco"}, [], "coco"), ({}, ["--image_root", "r"], "r")):
+        mix = write(tmp_path, entry | more)
+        _, [target] = settle(parse_options(EvalConfig, ["--model", "m", "--mix", mix, *options]))
+        assert target.image_root == root, (more, options)
 
 
 def test_every_key_of_an_entry_is_read(tmp_path):
