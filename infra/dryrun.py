@@ -1,5 +1,6 @@
 """What `--dry_run` prints: the size of the run, its data, the lengths of its prompts, the memory it needs."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +11,12 @@ from transformers import ProcessorMixin
 from data import Sample
 from infra.config import RunConfig
 from infra.datacheck import draw_samples, statistics_text
-from infra.estimate import memory_estimate
-from infra.parallel import compute_dtype, process_group
+from infra.estimate import RowSize, memory_estimate
+from infra.parallel import World, compute_dtype, process_group
 from infra.policy import load_policy
 from infra.prompts import load_run_samples
 from infra.run import total_steps
-from model.vlm import build_prompt, check_special_tokens, trainable
+from model.vlm import Prompt, build_prompt, check_special_tokens, trainable
 
 NUM_PROMPTS = 64  # prompts built to see their lengths, spread over the data
 
@@ -30,17 +31,18 @@ def print_plan(config: RunConfig, *, completions: int) -> int:
         check_special_tokens(processor, samples)
         steps, per_step = total_steps(config, len(samples)), config.prompts_per_step
         reference = getattr(config, "needs_reference_model", False)
-        memory = memory_estimate(model, world, config, reference=reference, row_tokens=config.row_tokens)
+        prompts = some_prompts(samples, processor, config)
+        row = widest_row(prompts, model.config.image_token_id, config, world)
+        memory = memory_estimate(model, world, config, reference=reference, row=row)
         trained, total = sum(p.numel() for _, p in trainable(model)), sum(p.numel() for p in model.parameters())
         lines = [
             f"{len(samples):,} samples; {per_step} prompts and {per_step * completions} completions a step; "
             f"{len(samples) / per_step:,.1f} steps an epoch; {steps:,} steps",
             *describe_files(samples, config, steps),
             *statistics_of_files(samples, config, data.sizes),
-            describe_lengths(samples, processor, config),
+            describe_lengths(prompts),
             f"{trained:,} of {total:,} parameters trained, {world.size} process(es)",
-            f"estimated memory per process with rows of {config.row_tokens:,} tokens: {sum(memory.values()):.2f} GB",
-            *(f"{size:10.2f} GB  {name}" for name, size in memory.items()),
+            *describe_memory(memory, row),
         ]
         if world.first:
             picture = Path(config.output_dir or "runs") / "samples.png"
@@ -76,15 +78,38 @@ def statistics_of_files(samples: Sequence[Sample], config: RunConfig, sizes: dic
     return lines
 
 
-def describe_lengths(samples: Sequence[Sample], processor: ProcessorMixin, config: RunConfig) -> str:
-    """The lengths of prompts spread over the data, images included."""
-    chosen = samples[:: max(1, len(samples) // NUM_PROMPTS)]
-    prompts = [
+def some_prompts(samples: Sequence[Sample], processor: ProcessorMixin, config: RunConfig) -> list[Prompt]:
+    """The prompts of samples spread over the data."""
+    return [
         build_prompt(processor, sample, template=config.files[sample.file].template, box_space=config.box_space)
-        for sample in chosen
+        for sample in samples[:: max(1, len(samples) // NUM_PROMPTS)]
     ]
+
+
+def describe_lengths(prompts: Sequence[Prompt]) -> str:
+    """The lengths of these prompts, images included."""
     lengths = sorted(prompt["input_ids"].shape[1] for prompt in prompts)
     return (
         f"prompt tokens, images included, of {len(lengths)} samples: median {lengths[len(lengths) // 2]:,}, "
         f"longest {lengths[-1]:,}"
     )
+
+
+def widest_row(prompts: Sequence[Prompt], image_token: int, config: RunConfig, world: World) -> RowSize:
+    """The row that needs the most memory: as many of a rank's longest prompts as fit, when completions are short."""
+    longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    images = max(int((prompt["input_ids"] == image_token).sum()) for prompt in prompts)
+    number = max(1, min(math.ceil(config.prompts_per_step / world.size), config.row_tokens // longest))
+    return RowSize(tokens=config.row_tokens, prompts=number, image_tokens=number * images)
+
+
+def describe_memory(memory: dict[str, dict[str, float]], row: RowSize) -> list[str]:
+    """The peak of the memory, which is the larger of drawing's and learning's, and what it consists of."""
+    sums = {phase: sum(terms.values()) for phase, terms in memory.items()}
+    lines = [
+        f"estimated memory per process with rows of {row.tokens:,} tokens, {row.image_tokens:,} of them of images: "
+        f"{max(sums.values()):.2f} GB"
+    ]
+    for phase, terms in memory.items():
+        lines += [f"  {phase}: {sums[phase]:.2f} GB", *(f"{size:12.2f} GB  {name}" for name, size in terms.items())]
+    return lines

@@ -13,11 +13,13 @@ from helpers import ALONE, CONFIG, make_model, set_rank, spawn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from infra.estimate import memory_estimate, must_draw_sharded
+from infra.estimate import PIXELS, RowSize, memory_estimate, must_draw_sharded
 from infra.optim import clip_gradients, make_optimizers
 from infra.parallel import World, drawing, process_group
 from infra.policy import load_policy, load_reference
 from model.vlm import trainable
+
+IMAGE = RowSize(tokens=0, prompts=1, image_tokens=CONFIG.max_pixels // PIXELS)  # the row before it is known
 
 
 def two_ranks(**changes):
@@ -27,9 +29,9 @@ def two_ranks(**changes):
 def test_layers_stay_sharded_while_drawing_if_a_full_copy_does_not_fit_beside_the_rest(monkeypatch):
     model, _ = make_model()
     two = two_ranks()
-    terms = memory_estimate(model, two, CONFIG, reference=True, row_tokens=0)
+    terms = memory_estimate(model, two, CONFIG, reference=True, row=IMAGE)["drawing"]
     enough = sum(terms.values()) / 0.9
-    assert terms["gathered while drawing"] == 2 * terms["reference"] > 0
+    assert terms["gathered weights"] == 2 * terms["reference"] > 0
     for gigabytes, sharded in ((enough * 1.01, False), (enough * 0.99, True)):
         monkeypatch.setattr("infra.estimate.device_memory_gb", lambda device, g=gigabytes: g)
         assert must_draw_sharded(CONFIG, model, two, reference=True) == sharded
@@ -41,11 +43,11 @@ def test_layers_stay_sharded_while_drawing_if_a_full_copy_does_not_fit_beside_th
 def test_sharded_drawing_gathers_all_but_the_layers():
     model, _ = make_model()
     terms = [
-        memory_estimate(model, two_ranks(draw_sharded=sharded), CONFIG, reference=False, row_tokens=0)
+        memory_estimate(model, two_ranks(draw_sharded=sharded), CONFIG, reference=False, row=IMAGE)["drawing"]
         for sharded in (False, True)
     ]
     layers = sum(p.numel() for p in model.model.language_model.layers.parameters())
-    saved = terms[0].pop("gathered while drawing") - terms[1].pop("gathered while drawing")
+    saved = terms[0].pop("gathered weights") - terms[1].pop("gathered weights")
     assert saved == pytest.approx(4 * layers / 1e9) and terms[0] == terms[1]
 
 
@@ -55,7 +57,8 @@ def test_activations_grow_with_the_row_and_shrink_under_gradient_checkpointing()
 
     def activations(tokens, **changes):
         config = replace(CONFIG, **changes)
-        return memory_estimate(model, ALONE, config, reference=False, row_tokens=tokens)["activations of a row"]
+        row = RowSize(tokens=tokens, prompts=1, image_tokens=0)
+        return memory_estimate(model, ALONE, config, reference=False, row=row)["learning"]["activations of the row"]
 
     inputs = 100 * text.num_hidden_layers * text.hidden_size * 4 / 1e9  # of each layer, in fp32: the least to keep
     assert inputs <= activations(100, gradient_checkpointing=True) < activations(100)
@@ -79,7 +82,6 @@ def _allocated():
 
 def weigh_run(config, world):
     """(real, estimated) bytes of each term of a run."""
-    names = ("weights, gradients, moments", "gathered while drawing", "reference")
     before = allocated()
     policy = load_policy(config, world)[0]
     optimizers = make_optimizers(policy, config)
@@ -89,13 +91,14 @@ def weigh_run(config, world):
     steady = allocated()
     terms = []
     for place in (world, replace(world, draw_sharded=True)):
-        estimate = memory_estimate(policy, place, config, reference=True, row_tokens=0)
+        estimate = memory_estimate(policy, place, config, reference=True, row=IMAGE)
         with drawing(policy, place):
-            terms.append((allocated() - steady, estimate[names[1]]))
-    terms.append((steady - before, estimate[names[0]]))
+            terms.append((allocated() - steady, estimate["drawing"]["gathered weights"]))
+    learning = estimate["learning"]
+    terms.append((steady - before, learning["weights and moments"] + learning["gradients"]))
     if not config.lora_rank:  # with adapters the policy without them is the reference
         reference = load_reference(config, world)
-        terms.append((allocated() - steady, estimate[names[2]]))
+        terms.append((allocated() - steady, learning["reference"]))
         del reference  # it had to be alive until here
     return [(real, gigabytes * 1e9) for real, gigabytes in terms]
 

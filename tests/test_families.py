@@ -28,6 +28,7 @@ from infra.checkpoint import Packaging, save_checkpoint
 from infra.parallel import gathered, process_group, shard_model
 from model.families import FAMILIES, family_of, to_image_box, to_model_box
 from model.vlm import (
+    banned_token_ids,
     build_prompt,
     check_special_tokens,
     describe_processor,
@@ -180,6 +181,19 @@ def test_the_modules_that_the_table_names_are_all_that_is_not_the_language_model
     assert blocks.startswith(f"{vision[0]}.") and len(model.get_submodule(blocks)) == 2
     children = {f"model.{name}" for name, _ in model.model.named_children()}
     assert children == {*vision, "model.language_model"}
+
+
+def test_a_frozen_tower_takes_its_projector_along_and_leaves_the_language_model(family, directory):
+    model, _ = load_model(str(directory / family), freeze_vision=True)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "language_model" in name or "lm_head" in name}
+
+
+def test_all_vision_tokens_of_the_family_are_banned_and_nothing_else(loaded, family):
+    model, processor = loaded
+    vision = {*re.findall(r"<[^>]+>", CASES[family]["mark"]), *CASES[family]["tokens"].values()}
+    vision |= {"<img>", "</img>"} if family == "internvl" else set()
+    assert {*processor.tokenizer.convert_ids_to_tokens(banned_token_ids(model, processor))} == vision
 
 
 # ---- processor and prompts -----------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ import sft
 from infra import run as run_file
 from infra.checkpoint import Packaging, load_training_state, save_checkpoint
 from infra.config import EvalConfig, SftConfig
-from infra.estimate import memory_estimate
+from infra.estimate import RowSize, memory_estimate
 from infra.optim import make_optimizers
 from infra.options import parse_options
 from infra.parallel import process_group
@@ -124,10 +124,13 @@ def test_the_estimate_of_memory_counts_a_base_in_bf16_and_few_trained(checkpoint
     config = replace(LORA, model=checkpoint, dtype="bf16")
     with process_group(bf16=True) as world:
         model, _ = load_policy(config, world)
-        terms = memory_estimate(model, world, config, reference=False, row_tokens=8192)
+        row = RowSize(tokens=8192, prompts=1, image_tokens=100)
+        memory = memory_estimate(model, world, config, reference=False, row=row)
         assert sum(p.numel() for _, p in trainable(model)) == 4 * NUM_ADAPTERS
-    assert terms["weights, gradients, moments"] * 1e9 == 2 * 1_104_672 + 16 * 4 * NUM_ADAPTERS
-    assert terms["gathered while drawing"] * 1e9 == 2 * 4 * NUM_ADAPTERS and terms["reference"] == 0
+    drawing, learning = memory["drawing"], memory["learning"]
+    assert learning["weights and moments"] * 1e9 == 2 * 1_104_672 + 12 * 4 * NUM_ADAPTERS
+    assert learning["gradients"] * 1e9 == 4 * 4 * NUM_ADAPTERS and learning["activations of its images"] == 0
+    assert drawing["gathered weights"] * 1e9 == 2 * 4 * NUM_ADAPTERS and drawing["reference"] == 0
 
 
 # ---- two processes -------------------------------------------------------------------------------------------------

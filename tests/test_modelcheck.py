@@ -111,6 +111,15 @@ def test_a_link_to_nothing_is_refused_with_its_target(tmp_path):
     refused(tmp_path / "best", f"model {tmp_path / 'best'} is a link to checkpoints/step-000100, which does not exist")
 
 
+def test_the_best_checkpoint_of_a_run_that_has_none_is_refused_with_where_the_others_are(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    refused(
+        tmp_path / "best",
+        f"model {tmp_path / 'best'}: no such directory; nothing has beaten the start of that run yet: give one of "
+        f"{tmp_path / 'checkpoints'}",
+    )
+
+
 def test_the_directory_of_a_run_is_refused_and_its_checkpoint_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"options": {"model": "m"}}))
     refused(tmp_path, f"model {tmp_path} is the directory of a run: give one of its checkpoints, as {tmp_path}/best")

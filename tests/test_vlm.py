@@ -47,7 +47,8 @@ def test_a_saved_directory_loads_with_equal_weights_and_the_pixel_budget(checkpo
     model, processor = load_model(checkpoint, max_pixels=4096, min_pixels=256)
     fresh = toy.model.build_model(processor.tokenizer)
     assert all(a.equal(b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
-    assert processor.image_processor.size["longest_edge"] == 4096 and not model.training
+    assert processor.image_processor.size == {"shortest_edge": 256, "longest_edge": 4096}
+    assert processor.tokenizer.padding_side == "left" and not model.training
 
 
 def test_the_budget_shrinks_images_and_the_default_is_not_the_hubs(checkpoint, photo):
@@ -65,6 +66,14 @@ def test_true_boxes_move_into_pixels_of_the_resized_image_or_into_a_thousand(che
     assert json.loads(pixels.answer) == pytest.approx([3.2, 3.2, 16, 12.8])
     thousand = build_prompt(processor, sample([photo]), family="qwen3_vl", template="plain")
     assert json.loads(thousand.answer) == pytest.approx([100, 200, 500, 800])
+
+
+def test_boxes_are_those_of_the_first_image(checkpoint, photo, tmp_path):
+    Image.new("RGB", (20, 400)).save(tmp_path / "tall.png")
+    processor = load_processor(checkpoint, max_pixels=1024, min_pixels=256)
+    prompt = build_prompt(processor, sample([photo, str(tmp_path / "tall.png")]), template="plain")
+    assert prompt.image_size == (100, 50) and prompt.input_size == (32, 16)
+    assert json.loads(prompt.answer) == pytest.approx([3.2, 3.2, 16, 12.8])
 
 
 def test_text_answers_are_left_alone(checkpoint, photo):
@@ -186,6 +195,14 @@ def test_code_that_a_checkpoint_brings_along_never_runs(checkpoint, tmp_path, mo
         load_model(unknown)
 
 
+def test_pickled_weights_are_never_read(checkpoint, tmp_path):
+    path = Path(edited(checkpoint, tmp_path / "pickled", dict))
+    (path / "model.safetensors").unlink()
+    torch.save(load_model(checkpoint)[0].state_dict(), path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        load_model(str(path))
+
+
 @pytest.mark.parametrize("name", ["owner/name", "here/or/there"])
 def test_a_model_that_is_neither_here_nor_on_the_hub_is_refused_in_one_line(monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # as the variable of that name sets it
@@ -223,6 +240,16 @@ def test_tags_image_marks_and_ordinary_added_tokens_are_no_special_tokens(photo)
     fine = sample([photo], "<answer>a</answer>", "<|im_ <image> <note> <think> | <|im_end >", has_boxes=False)
     check_special_tokens(processor, [fine])
     assert build_prompt(processor, fine, template="plain")["image_grid_thw"].shape == (1, 3)
+
+
+def test_an_image_mark_stands_for_an_image_even_if_the_tokenizer_has_a_token_of_that_name(photo):
+    processor = special_processor()
+    processor.tokenizer.add_tokens(["<image>"], special_tokens=True)
+    fine = sample([photo], "4", "<|im_<image>end|>", has_boxes=False)  # no special token once the image is between
+    check_special_tokens(processor, [fine])
+    assert processor.tokenizer.eos_token_id in build_prompt(processor, fine, template="plain")["input_ids"]
+    with pytest.raises(ValueError, match="the answer spells <image>"):
+        check_special_tokens(processor, [replace(fine, answer="an <image>")])
 
 
 def test_hundreds_of_thousands_of_samples_are_checked_within_seconds():
