@@ -16,6 +16,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,9 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
 from model.attention import GroupCache, RowLayout, attend_row, no_mask, shared_prefix
+from model.graphs import GraphedStep
 from model.logprobs import linear_logits, linear_logprobs
 from model.packing import (
     IMAGE_FEATURES,
@@ -40,6 +43,15 @@ PREFILL_TOKENS = 4096  # tokens of a row in prefill; bounds its activations
 
 
 # ---- the three ways through the model ------------------------------------------------------------------------------
+
+
+def decoding_forward(model: nn.Module) -> Callable:
+    """The way to the next logits of a decoding step, past FSDP's root where it has nothing to gather.
+
+    Its hooks make other streams wait, which a CUDA graph cannot record.
+    """
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return partial(root_forward, model, next_logits) if sharded else partial(next_logits, model)
 
 
 def row_logprobs(
@@ -177,24 +189,33 @@ def sample_completions(
     generator: torch.Generator | None = None,
     return_logprobs: bool = False,
     forward: Callable | None = None,
+    cuda_graphs: bool = True,
 ) -> list[list[Tensor]] | tuple[list[list[Tensor]], list[list[Tensor]]]:
     """Per prompt, group_size 1-D id tensors that keep their end token; temperature 0 is greedy.
 
     With `return_logprobs` the log-probs of the tokens follow, under the full softmax at this temperature (at 1 if
     greedy), before top_k and top_p: the ones that `completion_logprobs` reproduces. `forward(inputs, last)` replaces
-    the model's own way to the next logits; `parallel.drawing` gives one for sharded layers.
+    the model's own way to the next logits; `parallel.drawing` gives one for sharded layers. On a GPU, `cuda_graphs`
+    replays each decoding step as one launch.
     """
     require_mask_support(model)
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}: it must be at least 0, which is greedy")
-    forward = forward or partial(root_forward, model, next_logits)
-    banned_ids = torch.as_tensor(list(banned_ids), dtype=torch.long, device=next(model.parameters()).device)
-    pick = partial(
-        pick_tokens, temperature=temperature, top_k=top_k, top_p=top_p, banned_ids=banned_ids, generator=generator
-    )
+    device, shape = next(model.parameters()).device, (max_new_tokens, len(prompts) * group_size)
+    banned_ids = torch.tensor(list(banned_ids), dtype=torch.long, device=device)
+    pick = partial(pick_tokens, temperature=temperature, top_k=top_k, top_p=top_p, banned_ids=banned_ids)
+    # One number for each token of each completion: what is drawn does not depend on which of them are still there.
+    uniforms = torch.zeros(shape, dtype=torch.float64, device=device)
+    if temperature:
+        uniforms.uniform_(generator=generator)
+    ends = torch.tensor(list(eos_ids), device=device)
+    on_gpu = device.type == "cuda" and forward is None
+    pace = ON_GPU if on_gpu else EVERY_TOKEN
     with torch.no_grad(), evaluating(model), shared_prefix(model):
-        cache, logits, positions = prefill(model, prompts, group_size, forward)
-        drawn, logprobs, lengths = decode(forward, cache, logits, positions, pick, max_new_tokens, eos_ids)
+        read = forward or partial(root_forward, model, next_logits)
+        cache, logits, positions = prefill(model, prompts, group_size, read)
+        state = Decoding(forward or decoding_forward(model), cache, positions, pick, ends, uniforms)
+        drawn, logprobs, lengths = decode(state, logits, pace, graphed=on_gpu and cuda_graphs)
     lengths = lengths.tolist()
     completions = _grouped(drawn, lengths, group_size)
     return (completions, _grouped(logprobs, lengths, group_size)) if return_logprobs else completions
@@ -264,73 +285,145 @@ def _chunks(sizes: Sequence[int], budget: int) -> list[tuple[int, int]]:
     return chunks
 
 
-def decode(
-    forward: Callable,  # (inputs, last) -> logits [R, V]
-    cache: GroupCache,
-    logits: Tensor,  # [R, V] of the first token
-    positions: Tensor,  # [A, R] of the first token
-    pick: Callable,  # logits -> (ids [R], logprobs [R])
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Decodes until every row has ended: ids [R, C], log-probs [R, C] and lengths [R], the end token included.
+@dataclass(frozen=True)
+class Pace:
+    """How often the host looks at the sequences, and to which sizes it rounds the batch and the own tokens.
 
-    One host sync per token, the count of rows still alive; finished rows leave once they are a quarter of the batch.
-    Ranks end at different steps, which `parallel.drawing` makes harmless.
+    Each look waits for the device, and each new size is a new CUDA graph. A CPU waits for nothing and records nothing.
     """
-    rows = torch.arange(len(logits), device=logits.device)  # the output row of each sequence that is still decoded
-    ends = torch.tensor(list(eos_ids), device=logits.device)
-    drawn = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=logits.device)
-    logprobs = torch.zeros(len(rows), max_new_tokens, dtype=logits.dtype, device=logits.device)
-    lengths = torch.zeros_like(rows)
-    alive = torch.ones_like(rows, dtype=torch.bool)
-    for step in range(max_new_tokens):
-        ids, picked = pick(logits)
-        drawn[rows, step], logprobs[rows, step] = ids, picked  # an ended row keeps writing; `lengths` cuts that off
-        lengths[rows] += alive
-        alive = alive & ~torch.isin(ids, ends)
-        num_alive = int(alive.sum())
-        if num_alive == 0 or step + 1 == max_new_tokens:
-            break
-        if num_alive <= 0.75 * len(alive):
-            keep = alive.nonzero()[:, 0]
-            cache.keep(keep)
-            rows, ids, alive, positions = rows[keep], ids[keep], alive[keep], positions[:, keep]
-        cache.advance()
-        inputs = {
-            "input_ids": ids[:, None],
-            "position_ids": model_positions(positions[..., None]),
-            "attend": cache.attend,
-            "attention_mask": no_mask(ids.device),
-        }
-        logits = forward(inputs, torch.arange(len(ids), device=ids.device))
-        positions = positions + 1
-    longest = int(lengths.max())
-    return drawn[:, :longest], logprobs[:, :longest], lengths
+
+    look_every: int  # tokens
+    narrowest: int  # the own tokens to make room for at least; 0 rounds nothing
+
+    def room(self, tokens: int) -> int:
+        """The own tokens to make room for: a power of two if rounded."""
+        return max(self.narrowest, 2 ** (tokens - 1).bit_length()) if self.narrowest else tokens
+
+    def batch(self, alive: int) -> int:
+        """The sequences to go on with: a power of two if rounded."""
+        return 2 ** (alive - 1).bit_length() if self.narrowest else alive
+
+
+# 256 own tokens of 64 sequences are 0.6 GB at 3B, read in a tenth of the time that the weights take: narrower buffers
+# would save less than the graphs cost that they need.
+ON_GPU = Pace(look_every=16, narrowest=256)
+EVERY_TOKEN = Pace(look_every=1, narrowest=0)
+
+
+class Decoding:
+    """Sequences that are being decoded. What a token changes lies in buffers that stay until the host looks."""
+
+    def __init__(
+        self,
+        forward: Callable,  # (inputs, last) -> logits [R, V]
+        cache: GroupCache,
+        positions: Tensor,  # [A, R] of the first token
+        pick: Callable,  # (logits, uniform [R]) -> (ids [R], logprobs [R])
+        ends: Tensor,  # the ids that end a sequence
+        uniforms: Tensor,  # [C, N] in [0, 1), for each token of each sequence
+    ):
+        self.forward, self.cache, self.pick, self.ends, self.uniforms = forward, cache, pick, ends, uniforms
+        self.rows = torch.arange(uniforms.shape[1], device=uniforms.device)  # [R] the output row of each sequence
+        self.ids = torch.zeros_like(self.rows)  # [R] the newest tokens
+        self.positions = positions.clone()  # [A, R] of the newest tokens
+        self.alive = torch.ones_like(self.rows, dtype=torch.bool)  # [R] not ended
+        self.step = torch.zeros_like(self.rows[:1])  # [1] the number of the next token
+        self.lengths = torch.zeros_like(self.rows)  # [N]
+        self.drawn = torch.zeros(uniforms.shape[::-1], dtype=torch.long, device=uniforms.device)  # [N, C]
+        self.logprobs = torch.zeros(uniforms.shape[::-1], device=uniforms.device)  # [N, C] fp32
+
+    def write(self, logits: Tensor) -> None:
+        """Draws the next token of every sequence. One that has ended keeps writing; `lengths` cuts that off."""
+        rows, step = self.rows, self.step.expand_as(self.rows)
+        ids, logprobs = self.pick(logits, self.uniforms[step, rows])
+        self.drawn[rows, step], self.logprobs[rows, step] = ids, logprobs.to(self.logprobs.dtype)
+        self.lengths.index_add_(0, rows, self.alive.long())
+        self.alive &= ~torch.isin(ids, self.ends)
+        self.ids.copy_(ids)
+        self.step += 1
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drops all sequences but these."""
+        index = torch.tensor(rows, device=self.ids.device)
+        self.rows, self.ids, self.alive = self.rows[index], self.ids[index], self.alive[index]
+        self.positions = self.positions[:, index]
+        self.cache.keep(rows)
+
+    def counters(self) -> list[Tensor]:
+        """The buffers that a step moves on; what it writes into the others it would write again."""
+        return [self.ids, self.positions, self.alive, self.step, self.lengths, self.cache.length]
+
+
+def decode_step(state: Decoding) -> Tensor:
+    """Runs the newest token of every sequence through the model and draws the next; returns the logits [R, V].
+
+    Its shapes are fixed and the host waits for nothing, so a CUDA graph can record it.
+    """
+    state.cache.begin()
+    inputs = {
+        "input_ids": state.ids[:, None],
+        "position_ids": model_positions(state.positions[..., None]),
+        "attend": state.cache.attend,
+        "attention_mask": no_mask(state.ids.device),
+    }
+    logits = state.forward(inputs, torch.arange(len(state.ids), device=state.ids.device))
+    state.cache.length += 1
+    state.positions += 1
+    state.write(logits)
+    return logits
+
+
+def decode(
+    state: Decoding, logits: Tensor, pace: Pace = EVERY_TOKEN, *, graphed: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decodes from the first token's logits [R, V] until all have ended: ids, log-probs [R, C] and lengths [R].
+
+    The host waits for the device when it looks, never within a token. Finished sequences leave once they are a quarter
+    of the batch. Ranks end at different steps, which `parallel.drawing` makes harmless.
+    """
+    state.write(logits)
+    step = GraphedStep(partial(decode_step, state), state.counters) if graphed else partial(decode_step, state)
+    done, most = 1, len(state.uniforms)
+    while any(alive := state.alive.tolist()) and done < most:
+        size, tokens = pace.batch(sum(alive)), min(pace.look_every, most - done)
+        moved = size <= 0.75 * len(alive)
+        if moved:
+            ended_last = sorted(range(len(alive)), key=lambda row: not alive[row])
+            state.keep(sorted(ended_last[:size]))  # sequences that have ended fill the batch up
+        room = pace.room(done - 1 + tokens)
+        if room > state.cache.room:
+            state.cache.reserve(room)
+            moved = True
+        if graphed and moved:
+            step.forget()
+        for _ in range(tokens):
+            step()
+        done += tokens
+    longest = int(state.lengths.max())
+    return state.drawn[:, :longest], state.logprobs[:, :longest], state.lengths
 
 
 def pick_tokens(
     logits: Tensor,  # [R, V] fp32
+    uniform: Tensor,  # [R] float64 numbers in [0, 1)
     *,
     temperature: float,
     top_k: int = 0,
     top_p: float = 1.0,
-    banned_ids: Sequence[int] | Tensor = (),
-    generator: torch.Generator | None = None,
+    banned_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Next ids [R] and their log-probs [R]; temperature 0 takes the most likely."""
-    if len(banned_ids):
-        logits = logits.index_fill(1, torch.as_tensor(banned_ids, device=logits.device), -1e30)
+    if banned_ids is not None and len(banned_ids):
+        logits = logits.index_fill(1, banned_ids, -1e30)
     logprobs = (logits / (temperature or 1.0)).log_softmax(1)
     if temperature == 0:
         ids = logprobs.argmax(1)
     else:
-        # One uniform number per row, looked up in the cumulative probabilities. Unlike multinomial this never waits for
-        # the device; an exponential race would cost a random number per entry. 150,000 terms need a sum in float64.
+        # A row's number is looked up in the cumulative probabilities. Unlike multinomial this never waits for the
+        # device; an exponential race would cost a random number per entry. 150,000 terms need a sum in float64.
         sums = restricted(logprobs, top_k, top_p).exp().cumsum(1, dtype=torch.float64)
-        uniform = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=generator)
         # The first entry whose sum exceeds the number; an entry of probability 0 adds nothing and is never the first.
-        ids = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)[:, 0].clamp_(max=sums.shape[1] - 1)
+        ids = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0].clamp_(max=sums.shape[1] - 1)
     return ids, logprobs.gather(1, ids[:, None])[:, 0]
 
 

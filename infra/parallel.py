@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -296,14 +297,23 @@ class LockstepForward:
 
 @contextmanager
 def gathered(model: nn.Module, without: Container[nn.Module] = ()) -> Iterator[None]:
-    """Holds the whole model on every rank in its compute dtype: no collectives, so ranks may differ in length."""
+    """Holds the whole model on every rank in its compute dtype: no collectives, so ranks may differ in length.
+
+    The blocks run without FSDP's hooks meanwhile. There is nothing to gather, and what hooks do to streams would keep a
+    CUDA graph from being recorded. The root keeps its own, which cast the pixels.
+    """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule) and module not in without]
+    hooks = {module: (module._forward_pre_hooks, module._forward_hooks) for module in modules if module is not model}
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
+    for module in hooks:
+        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
+        for module, (before, after) in hooks.items():
+            module._forward_pre_hooks, module._forward_hooks = before, after
         for module in modules:
             module.set_reshard_after_forward(module is not model, recurse=False)
             module.reshard()

@@ -271,17 +271,22 @@ def _kernel_backward(
 
 
 class GroupCache:
-    """Keys and values while drawing: each prompt's once, and each sequence's own in buffers that double when full."""
+    """Keys and values while drawing: each prompt's once, and each sequence's own in buffers with room to spare.
+
+    A token is written at `length`, which is a tensor, and what lies beyond it is masked. So nothing in a step depends
+    on a number that the host knows, and a CUDA graph of one token serves all until `keep` or `reserve` is called.
+    """
 
     def __init__(self, prompts: list[tuple[Tensor, Tensor]], sizes: Sequence[int], group_size: int):
         """`prompts`: keys and values [B, K, P, D] of each layer, padded at the end; `sizes`: tokens of each prompt."""
         self.prompts = prompts
         self.sizes = torch.tensor(sizes, device=prompts[0][0].device)
-        self.length = 0  # how many tokens of its own every sequence has
+        self.length = torch.zeros_like(self.sizes[:1])  # [1] how many tokens of its own every sequence has
         self.own = [
             [states.new_empty(len(sizes) * group_size, states.shape[1], 0, states.shape[3]) for states in layer]
             for layer in prompts
         ]
+        self.room = 0  # the tokens of its own that a sequence may come to have
         self._place([number for number in range(len(sizes)) for _ in range(group_size)])
 
     def _place(self, prompt_of: list[int]) -> None:
@@ -290,56 +295,74 @@ class GroupCache:
         for number in prompt_of:
             ranks.append(counts[number])
             counts[number] += 1
-        self.prompt_of, self.width = prompt_of, max(counts.values())
+        self.prompt_of, self.width, device = prompt_of, max(counts.values()), self.sizes.device
         slots = [number * self.width + rank for number, rank in zip(prompt_of, ranks, strict=True)]
-        self.slots = torch.tensor(slots, device=self.sizes.device)
-        padding = torch.arange(self.prompts[0][0].shape[2], device=self.sizes.device) >= self.sizes[:, None]
-        self.padding = padding[:, None, None]  # [B, 1, 1, P]
+        self.slots = self.row_of_slot = None  # as long as every slot is taken, slots are rows
+        if len(slots) < len(self.sizes) * self.width:
+            rows = dict(zip(slots, range(len(slots)), strict=True))
+            self.slots = torch.tensor(slots, device=device)
+            # A slot that nobody has computes the first row's attention once more.
+            self.row_of_slot = torch.tensor(
+                [rows.get(n, 0) for n in range(len(self.sizes) * self.width)], device=device
+            )
+        padding = torch.arange(self.prompts[0][0].shape[2], device=device) >= self.sizes[prompt_of, None]
+        self.prompt_mask = torch.zeros_like(padding, dtype=torch.float32).masked_fill(padding, -torch.inf)[
+            :, None, None
+        ]
 
-    def advance(self) -> None:
-        """Makes room for the next token of every sequence."""
-        self.length += 1
-        if self.length > self.own[0][0].shape[2]:
+    def reserve(self, room: int) -> None:
+        """Makes room for this many own tokens of every sequence. The buffers at least double if they grow."""
+        self.room = room
+        size = self.own[0][0].shape[2]
+        if room > size:
             for layer in self.own:
-                layer[:] = (F.pad(states, (0, 0, 0, max(64, states.shape[2]))) for states in layer)
+                layer[:] = (F.pad(states, (0, 0, 0, max(64, size, room - size))) for states in layer)
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: Sequence[int]) -> None:
         """Drops all sequences but these, and every prompt that no sequence continues."""
+        index = torch.tensor(rows, device=self.sizes.device)
         for layer in self.own:
-            layer[:] = (states[rows] for states in layer)
-        prompt_of = [self.prompt_of[row] for row in rows.tolist()]
+            layer[:] = (states[index] for states in layer)
+        prompt_of = [self.prompt_of[row] for row in rows]
         alive = sorted(set(prompt_of))
         if len(alive) < len(self.sizes):
             self.sizes = self.sizes[alive]
             self.prompts = [tuple(states[alive] for states in layer) for layer in self.prompts]
         self._place([alive.index(number) for number in prompt_of])
 
+    def begin(self) -> None:
+        """Hides, for the token that comes next, the part of the buffers that holds none yet."""
+        hidden = torch.arange(self.room, device=self.length.device) > self.length
+        self.own_mask = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf)  # [room]
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention [R, H, 1, D] of every sequence's newest token over its prompt and its own tokens."""
+        for states, new in zip(self.own[layer], (key, value), strict=True):
+            states.index_copy_(2, self.length, new)
+        own_keys, own_values = (states[:, :, : self.room] for states in self.own[layer])
+        keys, values = self.prompts[layer]
         query = query[:, :, 0].unflatten(1, (key.shape[1], -1))  # [R, K, H / K, D]
-        keys, values = self.own[layer]
-        keys[:, :, self.length - 1], values[:, :, self.length - 1] = key[:, :, 0], value[:, :, 0]
-        own = _attend(query, keys[:, :, : self.length], values[:, :, : self.length], scale)
-        # All sequences of a prompt, and all query heads of a key head, are queries to one copy of its keys.
-        together = query.new_zeros(len(self.sizes) * self.width, *query.shape[1:])
-        together[self.slots] = query
-        together = together.unflatten(0, (-1, self.width)).transpose(1, 2).flatten(2, 3)  # [B, K, width * H / K, D]
-        shared = (
-            states.unflatten(2, (self.width, -1)).transpose(1, 2).flatten(0, 1)[self.slots]
-            for states in _attend(together, *self.prompts[layer], scale, self.padding)
-        )
-        return merge(*shared, *own)[0].flatten(1, 2)[:, :, None]
+        # All sequences of a prompt, and all query heads of a key head, are queries to one copy of its keys. The softmax
+        # is one over both parts: to merge two takes a dozen small kernels more, and on a GPU each costs a launch.
+        shared = self._to_rows(_fp32_bmm(self._to_prompts(query), keys.transpose(2, 3)))
+        own = _fp32_bmm(query, own_keys.transpose(2, 3))  # [R, K, H / K, room]
+        middle = shared.shape[-1]
+        scores = own.new_empty(*own.shape[:3], middle + self.room)
+        torch.add(self.prompt_mask, shared, alpha=scale, out=scores[..., :middle])
+        torch.add(self.own_mask, own, alpha=scale, out=scores[..., middle:])
+        probs = scores.softmax(-1).to(value.dtype)
+        out = self._to_rows(self._to_prompts(probs[..., :middle]) @ values) + probs[..., middle:] @ own_values
+        return out.flatten(1, 2)[:, :, None]
 
+    def _to_prompts(self, states: Tensor) -> Tensor:
+        """[R, K, H / K, ...] by sequence as [B, K, width * H / K, ...] by prompt."""
+        states = states if self.row_of_slot is None else states[self.row_of_slot]
+        return states.unflatten(0, (-1, self.width)).transpose(1, 2).flatten(2, 3)
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, padding: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention of queries [b, h, L, D] over keys [b, h, M, D] and its log-sum-exp; scores and softmax in fp32."""
-    scores = _fp32_bmm(query, key.transpose(2, 3)).mul_(scale)  # scaling a bf16 query instead would round it again
-    if padding is not None:
-        scores = scores.masked_fill_(padding, -torch.inf)
-    lse = scores.logsumexp(-1)
-    return scores.sub_(lse[..., None]).exp_().to(value.dtype) @ value, lse
+    def _to_rows(self, states: Tensor) -> Tensor:
+        """The inverse, without the slots that nobody has."""
+        states = states.unflatten(2, (self.width, -1)).transpose(1, 2).flatten(0, 1)
+        return states if self.slots is None else states[self.slots]
 
 
 def _fp32_bmm(a: Tensor, b: Tensor) -> Tensor:

@@ -42,7 +42,18 @@ from infra.run import Run
 from model.attention import use_shared_prefix
 from model.packing import pack_row
 from model.vlm import Prompt, checkpoint_activations, trainable
-from rollout import decode, next_logits, pick_tokens, prefill, root_forward, see_images, tower_is_frozen
+from rollout import (
+    ON_GPU,
+    Decoding,
+    decode_step,
+    decoding_forward,
+    next_logits,
+    pick_tokens,
+    prefill,
+    root_forward,
+    see_images,
+    tower_is_frozen,
+)
 from tools.bench_inputs import WORKLOADS, Workload, build_config
 from tools.costs import Cost, Meter
 from tools.fakecuda import CUDA, FakeCuda
@@ -186,11 +197,12 @@ def rehearsal(case: Case) -> Iterator[RehearsedRun]:
 
 @torch.no_grad()
 def draw(run: RehearsedRun) -> Cost:
-    """Reads the prompts and decodes the last tokens of all completions; returns the cost of one token."""
+    """Reads the prompts and decodes the last token of all completions; returns the cost of that token."""
     config, forward = run.config, partial(root_forward, run.policy, next_logits)
+    banned = torch.tensor(run.banned_ids, device=CUDA)
 
-    def pick(logits: Tensor) -> tuple[Tensor, Tensor]:
-        ids, logprobs = pick_tokens(logits, temperature=config.temperature, banned_ids=run.banned_ids)
+    def pick(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        ids, logprobs = pick_tokens(logits, uniform, temperature=config.temperature, banned_ids=banned)
         run.meter.mode.know(ids, 100)
         return ids, logprobs
 
@@ -200,12 +212,14 @@ def draw(run: RehearsedRun) -> Cost:
             run.blank = replace(run.blank, inputs=see_images(run.policy, run.blank))  # in a real run start_run does it
         with run.timed("prefill"):
             cache, logits, positions = prefill(run.policy, run.given, config.group_size, forward)
-        for _ in range(config.max_completion_tokens - 4):
-            cache.advance()
-        for number in (2, 3):  # one pass through the model, and two
-            with run.timed(f"{number} tokens"):
-                decode(forward, cache, logits, positions, pick, number, run.eos_ids)
-    return run.meter.parts["3 tokens"].minus(run.meter.parts["2 tokens"])
+        ends, length = torch.tensor([-1], device=CUDA), config.max_completion_tokens
+        uniforms = torch.rand(length, len(logits), dtype=torch.float64, device=CUDA)
+        state = Decoding(decoding_forward(run.policy), cache, positions, pick, ends, uniforms)
+        state.write(logits)
+        cache.reserve(ON_GPU.room(length))
+        with run.timed("token"):
+            decode_step(state)
+    return run.meter.parts["token"]
 
 
 def learn(run: RehearsedRun) -> dict[str, float]:
@@ -263,7 +277,7 @@ def peaks(run: RehearsedRun) -> dict[str, tuple[float, float]]:
     """(tracked, estimated) GB of the peak while drawing and while learning."""
     reference = run.reference is not None
     estimate = memory_estimate(run.policy, run.world, run.config, reference=reference, row=row_size(run))
-    parts = {"drawing": ("prefill", "3 tokens"), "learning": ("learn",)}
+    parts = {"drawing": ("prefill", "token"), "learning": ("learn",)}
     return {
         phase: (max(run.meter.parts[name].peak for name in names) / 1e9, sum(estimate[phase].values()))
         for phase, names in parts.items()
