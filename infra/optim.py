@@ -61,7 +61,8 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    # foreach: torch would take shards one by one, a few kernels each.
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 

@@ -58,6 +58,8 @@ class World:
 
 def launch(main: Callable, config: object) -> None:
     """Runs main(config) in one process per visible GPU; under torchrun, or with at most one GPU, in this process."""
+    # Rows and batches change their sizes from step to step: without it the memory fragments. Read when CUDA starts.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     count = torch.cuda.device_count()
     if "RANK" in os.environ or count < 2:
         _run_and_report(main, config)
@@ -141,11 +143,12 @@ def process_group(*, bf16: bool, shard_within_node: bool = False) -> Iterator[Wo
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    device_id = device if cuda else None
     if "RANK" in os.environ:
         # The longest wait is for one rank that writes its part of a checkpoint to a slow disk.
-        dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=device if cuda else None)
+        dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=device_id)
     elif bf16:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
     if not dist.is_initialized():
         yield World(0, 1, device, None)
         return

@@ -34,6 +34,7 @@ from model.families import (  # noqa: F401, some for others to import from here
     to_model_box,
 )
 from model.lora import base_of, is_adapter, load_adapter
+from model.vision import use_segments
 
 VISION_MARKS = ("<img>", "</img>", "<|begin_of_image|>", "<|end_of_image|>")  # vision tokens that no config names
 
@@ -84,6 +85,7 @@ def load_model(
         # Never a pickled checkpoint: reading one may run code.
         model = AutoModelForImageTextToText.from_pretrained(name_or_path, use_safetensors=True, **options)
     use_shared_prefix(model)
+    use_segments(model.get_submodule(family_of(model.config.model_type).vision_blocks))
     if freeze_vision:
         for name in vision_modules(model):
             model.get_submodule(name).requires_grad_(False)

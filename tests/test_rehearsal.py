@@ -113,8 +113,8 @@ def test_adapters_run_with_checkpointing_and_the_tower_only_before_the_step(rehe
     whole = rehearsed()
     assert step.held < whole.held / 3  # a base in bf16, no moments, and no second model as the reference
     assert step.parts["learn"].flops < whole.parts["learn"].flops
-    assert any("Vision" in place for place in whole.parts["learn"].syncs)
-    assert not any("Vision" in place for place in step.parts["learn"].syncs)
+    assert any("get_vision" in place for place in whole.parts["learn"].syncs)
+    assert not any("get_vision" in place for place in step.parts["learn"].syncs)
 
 
 def test_checkpointing_holds_less_and_computes_more(rehearsed):

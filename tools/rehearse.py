@@ -41,6 +41,7 @@ from infra.policy import put_adapters
 from infra.run import Run
 from model.attention import use_shared_prefix
 from model.packing import pack_row
+from model.vision import use_segments
 from model.vlm import Prompt, checkpoint_activations, trainable
 from rollout import (
     ON_GPU,
@@ -123,6 +124,7 @@ def build_model(case: Case, config: TrainConfig, *, trained: bool) -> nn.Module:
             model_config(case.size), dtype=dtype, attn_implementation="sdpa"
         ).eval()
     use_shared_prefix(model)
+    use_segments(model.model.visual.blocks)
     if not trained:
         return model.requires_grad_(False)
     if config.gradient_checkpointing:
