@@ -189,14 +189,13 @@ def sample_completions(
     generator: torch.Generator | None = None,
     return_logprobs: bool = False,
     forward: Callable | None = None,
-    cuda_graphs: bool = True,
 ) -> list[list[Tensor]] | tuple[list[list[Tensor]], list[list[Tensor]]]:
     """Per prompt, group_size 1-D id tensors that keep their end token; temperature 0 is greedy.
 
     With `return_logprobs` the log-probs of the tokens follow, under the full softmax at this temperature (at 1 if
     greedy), before top_k and top_p: the ones that `completion_logprobs` reproduces. `forward(inputs, last)` replaces
-    the model's own way to the next logits; `parallel.drawing` gives one for sharded layers. On a GPU, `cuda_graphs`
-    replays each decoding step as one launch.
+    the model's own way to the next logits; `parallel.drawing` gives one for sharded layers. On a GPU each decoding step
+    is one launch, unless model/graphs.py has given that up.
     """
     require_mask_support(model)
     if temperature < 0:
@@ -215,7 +214,7 @@ def sample_completions(
         read = forward or partial(root_forward, model, next_logits)
         cache, logits, positions = prefill(model, prompts, group_size, read)
         state = Decoding(forward or decoding_forward(model), cache, positions, pick, ends, uniforms)
-        drawn, logprobs, lengths = decode(state, logits, pace, graphed=on_gpu and cuda_graphs)
+        drawn, logprobs, lengths = decode(state, logits, pace, graphed=on_gpu)
     lengths = lengths.tolist()
     completions = _grouped(drawn, lengths, group_size)
     return (completions, _grouped(logprobs, lengths, group_size)) if return_logprobs else completions

@@ -62,7 +62,12 @@ class TrainingOptions:
     steps: int = option(0, "optimizer steps to train; 0 means --epochs", least=0)
     epochs: float = option(1.0, "passes over the data, where --steps is 0", least=0)
     prompts_per_step: int = option(16, "prompts of an optimizer step, over all GPUs", above=0)
-    row_tokens: int = option(8192, "tokens of a packed row, the micro-batch; lower it if memory runs out", above=0)
+    cuda_graphs: Literal["auto", "off"] = option(
+        "auto", "on a GPU, auto draws each token by one launch, after it has compared that with plain calls"
+    )
+    row_tokens: int | Literal["auto"] = option(
+        "auto", "tokens of a packed row, the micro-batch; auto fills the GPU's memory, and is 8192 on a CPU", above=0
+    )
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, a third more time")
     optimizer: Literal["adamw", "muon"] = option("adamw", "muon trains matrices; the rest gets AdamW at a tenth")
     learning_rate: float = option(1e-6, "peak learning rate", above=0)
@@ -128,9 +133,9 @@ class RunConfig(
 
     # A resumed run may change these; any other option would make it another run. Paths, because a run may have moved.
     FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
-        "resume steps epochs row_tokens draw_batch_size gradient_checkpointing eval_every eval_limit eval_batch_size "
-        "save_every keep_checkpoints log_completions_every report tensorboard wandb dry_run draw_sharded max_hours "
-        "max_bad_steps on_reward_error reward_seconds traceback "
+        "resume steps epochs row_tokens cuda_graphs draw_batch_size gradient_checkpointing eval_every eval_limit "
+        "eval_batch_size save_every keep_checkpoints log_completions_every report tensorboard wandb dry_run "
+        "draw_sharded max_hours max_bad_steps on_reward_error reward_seconds traceback "
         "model data image_root mix eval_data allow_outside_root".split()
     )
 

@@ -9,10 +9,11 @@ import torch
 from transformers import ProcessorMixin
 
 from data import Sample
+from infra.budget import row_budget
 from infra.config import RunConfig
 from infra.datacheck import draw_samples, statistics_text
 from infra.estimate import RowSize, memory_estimate
-from infra.parallel import World, compute_dtype, process_group
+from infra.parallel import compute_dtype, process_group
 from infra.policy import load_policy
 from infra.prompts import load_run_samples
 from infra.run import total_steps
@@ -32,7 +33,8 @@ def print_plan(config: RunConfig, *, completions: int) -> int:
         steps, per_step = total_steps(config, len(samples)), config.prompts_per_step
         reference = getattr(config, "needs_reference_model", False)
         prompts = some_prompts(samples, processor, config)
-        row = widest_row(prompts, model.config.image_token_id, config, world)
+        tokens = row_budget(model, world, config, reference=reference, last=None).tokens  # of the first step, if auto
+        row = widest_row(prompts, model.config.image_token_id, tokens, math.ceil(per_step / world.size))
         memory = memory_estimate(model, world, config, reference=reference, row=row)
         trained, total = sum(p.numel() for _, p in trainable(model)), sum(p.numel() for p in model.parameters())
         lines = [
@@ -95,12 +97,12 @@ def describe_lengths(prompts: Sequence[Prompt]) -> str:
     )
 
 
-def widest_row(prompts: Sequence[Prompt], image_token: int, config: RunConfig, world: World) -> RowSize:
-    """The row that needs the most memory: as many of a rank's longest prompts as fit, when completions are short."""
+def widest_row(prompts: Sequence[Prompt], image_token: int, tokens: int, most: int) -> RowSize:
+    """The row that needs the most memory: the longest prompts, as many as fit and at most `most` of them."""
     longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
     images = max(int((prompt["input_ids"] == image_token).sum()) for prompt in prompts)
-    number = max(1, min(math.ceil(config.prompts_per_step / world.size), config.row_tokens // longest))
-    return RowSize(tokens=config.row_tokens, prompts=number, image_tokens=number * images)
+    number = max(1, min(most, tokens // longest))
+    return RowSize(tokens=tokens, prompts=number, image_tokens=number * images)
 
 
 def describe_memory(memory: dict[str, dict[str, float]], row: RowSize) -> list[str]:

@@ -13,6 +13,7 @@ import sys
 import types
 from collections.abc import Sequence
 from dataclasses import MISSING, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -37,7 +38,7 @@ def check_bounds(config: Any) -> None:
     """Refuses a number below the bound that its option states."""
     for config_field in fields(config):
         value, bounds = getattr(config, config_field.name), config_field.metadata
-        if value is None:
+        if value is None or isinstance(value, str):  # not given, or a word that stands for a number
             continue
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{config_field.name} is {value}: a finite number is expected")
@@ -145,8 +146,11 @@ def build_parser(config_class: type) -> argparse.ArgumentParser:
 def _argument(entry: Any, kind: Any) -> dict:
     """The keywords of add_argument for a field of that type."""
     options = {"help": _help(entry).replace("%", "%%")}
-    if get_origin(kind) in (types.UnionType, Union):  # a type or None, which means that it was not given
-        kind = get_args(kind)[0]
+    if get_origin(kind) in (types.UnionType, Union):  # a type or None, which means that it was not given; or a word
+        kind, other = get_args(kind)
+        if get_origin(other) is Literal:
+            [word] = get_args(other)
+            return options | {"type": partial(_number_or, word), "metavar": f"N|{word}"}
     if get_origin(kind) is Literal:
         return options | {"choices": get_args(kind), "metavar": "|".join(filter(None, get_args(kind)))}
     if get_origin(kind) is list:
@@ -163,6 +167,13 @@ def _help(entry: Any) -> str:
         return entry.metadata["help"]
     told = " ".join(map(str, default)) if isinstance(default, list) else str(default)
     return f"{entry.metadata['help']} (default: {told})"
+
+
+def _number_or(word: str, text: str) -> int | str:
+    try:
+        return text if text == word else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor {word}") from None
 
 
 def _boolean(text: str) -> bool:

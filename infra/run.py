@@ -18,9 +18,10 @@ from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from data import Sample
+from infra.budget import RowBudget, out_of_memory, row_budget
 from infra.checkpoint import Packaging
 from infra.config import RunConfig
-from infra.estimate import must_draw_sharded, peak_memory_gb
+from infra.estimate import must_draw_sharded
 from infra.evaluation import Protocol, answer_samples, handle_reward_errors
 from infra.keeper import CheckpointKeeper, model_fingerprint
 from infra.optim import (
@@ -39,6 +40,7 @@ from infra.rows import Row, pack_rows
 from infra.runlog import RunLog, append_rows, open_run, read_rows
 from infra.stop import StopSignal
 from metrics.summary import headline, summarize
+from model.graphs import GRAPHS
 from model.vlm import Prompt, banned_token_ids, blank_prompt, check_special_tokens, eos_token_ids, trainable
 from rollout import see_images, tower_is_frozen
 
@@ -70,12 +72,16 @@ class Run:
     generator: torch.Generator | None = None  # draws the completions of the step in progress
     figures: dict[str, float] = field(default_factory=dict)  # what the step in progress has measured so far
     recent: deque = field(init=False)  # the figures of the last steps
+    budget: RowBudget = field(init=False)  # the tokens of a packed row
     warned: set[str] = field(default_factory=set)  # causes that the user has been warned about
     stopped: bool = False
 
     def __post_init__(self) -> None:
         done = read_rows(self.out / "metrics.jsonl")  # of a run that is resumed
         self.recent = deque(done, maxlen=max(RECENT, self.config.max_bad_steps))
+        last = done[-1].get("row_tokens") if done else None
+        reference = self.reference is not None
+        self.budget = row_budget(self.policy, self.world, self.config, reference=reference, last=last)
 
     # ---- the loop ----
 
@@ -108,7 +114,11 @@ class Run:
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]], chosen: Sequence[int]
     ) -> list[Row]:
         """The groups of the chosen prompts in packed rows, as many on every rank."""
-        return pack_rows(prompts, completions, chosen, self.config.row_tokens, self.blank, self.world)
+        tokens = self.budget.choose()
+        rows = pack_rows(prompts, completions, chosen, tokens, self.blank, self.world)
+        self.figures["row_tokens"] = float(tokens)
+        self.budget.begin(rows)
+        return rows
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -124,6 +134,7 @@ class Run:
 
     def update(self, loss: float) -> float:
         """Takes an optimizer step, unless the loss or the gradient is not finite; returns the gradient's norm."""
+        self.budget.end()
         norm = clip_gradients([parameter for _, parameter in trainable(self.policy)], self.config.max_grad_norm)
         whole_loss = all_sum({"loss": loss}, self.world)["loss"]
         finite = math.isfinite(norm) and math.isfinite(whole_loss)  # the same on every rank
@@ -133,7 +144,7 @@ class Run:
 
     def end_step(self, figures: dict[str, float], prompts: Sequence[Prompt], group: dict | None = None) -> None:
         """Logs the step, then evaluates and saves if due; `group` is a line for completions.jsonl."""
-        self.figures = {**figures, **self.figures, "memory_gb": peak_memory_gb(self.world.device)}
+        self.figures = {**figures, **self.figures, "memory_gb": self.budget.peak_gb()}
         self.figures |= self.feed.figures()
         self.step += 1
         self.recent.append(self.figures)
@@ -274,6 +285,7 @@ def evaluation_settings(config: RunConfig) -> dict:
 def start_run(config: RunConfig) -> Iterator[Run]:
     """Checks the data, loads the model, restores a checkpoint if the run is resumed; yields the run."""
     began, dtype = time.monotonic(), compute_dtype(config.dtype)
+    GRAPHS.usable = config.cuda_graphs == "auto"
     with process_group(bf16=dtype == torch.bfloat16, shard_within_node=config.shard_within_node) as world:
         out = open_run(config, world)
         data = load_run_samples(config, world)
@@ -315,4 +327,8 @@ def start_run(config: RunConfig) -> Iterator[Run]:
             banned_ids=banned_token_ids(policy, processor),
             blank=blank,
         )
-        yield run
+        try:
+            yield run
+        except torch.OutOfMemoryError as error:
+            tokens = run.budget.tokens
+            raise ValueError(out_of_memory(policy, world, config, reference=second, tokens=tokens)) from error
