@@ -27,6 +27,7 @@ from infra.evaluation import Protocol, answer_samples, handle_reward_errors, sco
 from infra.parallel import World, compute_dtype, launch, process_group, shard_model
 from infra.prompts import seeded_sample
 from infra.protocol import Target, describe_protocol, settle
+from infra.terminal import evaluation_bar, hide_library_bars, summary_line
 from metrics.detection import OVDEVAL_GROUPS, ovdeval_overall
 from metrics.summary import compare, summarize
 from model.vlm import describe_processor, load_any
@@ -69,6 +70,8 @@ def answer(config: EvalConfig, targets: Sequence[Target], world: World) -> dict[
     ]
     _, warnings = check_data(sets, progress=world.first)
     dtype = compute_dtype(config.dtype)
+    if not sys.stderr.isatty():
+        hide_library_bars()
     model, processor = load_any(
         config.model, max_pixels=config.max_pixels, min_pixels=config.min_pixels, dtype=dtype, empty=not world.first
     )
@@ -87,7 +90,10 @@ def answer(config: EvalConfig, targets: Sequence[Target], world: World) -> dict[
             seed=config.seed,
         )
         chosen = seeded_sample(samples, config.limit, config.seed)
-        rows[target.name] = answer_samples(model, processor, chosen, world, protocol)
+        with evaluation_bar(target.name, len(chosen), shown=world.first) as tell:
+            rows[target.name] = answer_samples(model, processor, chosen, world, protocol, tell)
+        if world.first:
+            print(summary_line(target.name, summarize(rows[target.name])), file=sys.stderr)
     return rows
 
 

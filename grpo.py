@@ -13,7 +13,8 @@ from torch import Tensor
 # A log-ratio beyond this is clamped and gets no gradient: exp(20) is 5e8, no longer a policy update, and fp32 overflows
 # at 88.
 MAX_LOG_RATIO = 20.0
-VARIANTS = ("grpo", "dapo", "dr_grpo", "gspo")
+VARIANTS = ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo")
+SAPO_TEMPERATURES = (1.0, 1.05)  # for advantages above 0 and others, as in the paper: worse tokens fade sooner
 
 
 def group_advantages(
@@ -40,6 +41,38 @@ def group_advantages(
     return torch.where(equal, torch.zeros_like(advantages), advantages).view(-1)
 
 
+def gdpo_sums(
+    rewards: Tensor,  # [N, K] each reward of each completion by itself
+    weights: Tensor,  # [N, K] or [K]
+    group_size: int,
+    *,
+    eps: float = 1e-4,
+) -> Tensor:
+    """The weighted sum of the advantages that each reward gives by itself, [N]; GDPO's first half (arXiv 2601.05242).
+
+    Under a total, (0, 2) and (0, 1) give the same advantages; here two rewards that agree weigh more than one.
+    """
+    advantages = [group_advantages(column, group_size, eps=eps) for column in rewards.unbind(1)]
+    return (torch.stack(advantages, 1) * weights).sum(1)
+
+
+def gdpo_advantages(
+    sums: Tensor,  # [N] from gdpo_sums
+    *,
+    sum_of_squares: float | Tensor | None = None,
+    num_completions: int | None = None,
+    eps: float = 1e-4,
+) -> Tensor:
+    """GDPO's advantages, [N]: the sums over their standard deviation in the whole optimizer step.
+
+    sum_of_squares and num_completions count the whole step, all ranks; by default they count the batch given. Every
+    group of sums has a mean of zero, so the mean of the step need not be subtracted.
+    """
+    sum_of_squares = sums.square().sum() if sum_of_squares is None else sum_of_squares
+    num_completions = len(sums) if num_completions is None else num_completions
+    return sums / ((sum_of_squares / (num_completions - 1)) ** 0.5 + eps)
+
+
 def k3_divergence(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Unbiased, non-negative estimate of KL(policy || reference) per token (http://joschu.net/blog/kl-approx.html)."""
     difference = (ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -55,7 +88,7 @@ def token_weights(
 ) -> Tensor:
     """The weight of each token in the sum that is the loss, [N, C] in float64: rounding it would add up over rows."""
     ones = mask.double()
-    if variant == "dapo":  # arXiv 2503.14476: a token weighs the same in a long completion as in a short one
+    if variant in ("dapo", "cispo"):  # arXiv 2503.14476: a token of a long completion weighs as much as any other
         return ones / num_tokens
     if variant == "dr_grpo":  # arXiv 2503.20783: a constant, so no length is favoured
         if max_completion_tokens is None:
@@ -73,6 +106,29 @@ def policy_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, variant: 
         lengths = mask.sum(1, keepdim=True).clamp(min=1)
         log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(log_ratio)
     return log_ratio.exp()
+
+
+def policy_loss(
+    ratio: Tensor,  # [N, C]
+    logprobs: Tensor,  # [N, C], zeros in the padding
+    advantage: Tensor,  # [N, 1]
+    variant: str,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each token before the KL penalty, and whether it is clipped below and above; all [N, C]."""
+    low, high = ratio < 1 - clip_low, ratio > 1 + clip_high
+    never = torch.zeros_like(high)
+    if variant == "cispo":  # arXiv 2506.13585: the weight is clipped, so every token keeps a gradient
+        weight = ratio.clamp(max=1 + clip_high).detach()
+        return -weight * advantage * logprobs, never, high
+    if variant == "sapo":  # arXiv 2511.20347: a sigmoid instead of the clip, of slope 1 at a ratio of 1
+        better, worse = SAPO_TEMPERATURES
+        temperature = torch.full_like(advantage, worse).masked_fill(advantage > 0, better)
+        return -torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantage, never, never
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    return loss, low & (advantage < 0), high & (advantage > 0)
 
 
 def is_clamped(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor) -> Tensor:
@@ -102,7 +158,8 @@ def grpo_loss(
 
     num_completions and num_tokens count the whole optimizer step; by default they count the batch given.
     variant: "grpo" averages over each completion's tokens, then over completions (VLM-R1); "dapo" over all tokens;
-    "dr_grpo" divides the sum by num_completions * max_completion_tokens; "gspo" has one ratio per completion.
+    "dr_grpo" divides the sum by num_completions * max_completion_tokens; "gspo" has one ratio per completion; "cispo"
+    clips the weight of each token instead of its loss, averaged as in dapo; "sapo" is grpo with a soft clip.
     """
     _check_arguments(variant, beta, ref_logprobs)
     assert logprobs.shape == old_logprobs.shape == mask.shape and advantages.shape == mask.shape[:1]
@@ -110,8 +167,9 @@ def grpo_loss(
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
 
     ratio, advantage = policy_ratio(logprobs, old_logprobs, mask, variant), advantages[:, None]
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    token_loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    token_loss, low, high = policy_loss(
+        ratio, torch.where(mask, logprobs, 0.0), advantage, variant, clip_low, clip_high
+    )
     kl = torch.zeros_like(token_loss)
     if ref_logprobs is not None:
         kl = k3_divergence(torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0))
@@ -120,12 +178,8 @@ def grpo_loss(
     loss = (token_loss * weights).sum()
 
     # VLM-R1 logs the opposite of a clip fraction (tokens whose unclipped term counts); these are the clipped ones.
-    figures = {
-        "kl": kl,
-        "clamped": is_clamped(logprobs, old_logprobs, ref_logprobs, mask),
-        "clip_low": (ratio < 1 - clip_low) & (advantage < 0),
-        "clip_high": (ratio > 1 + clip_high) & (advantage > 0),
-    }
+    clamped = is_clamped(logprobs, old_logprobs, ref_logprobs, mask)
+    figures = {"kl": kl, "clamped": clamped, "clip_low": low, "clip_high": high}
     return loss, {name: _token_mean(values.to(ratio.dtype), mask, num_tokens) for name, values in figures.items()}
 
 

@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model.attention import GroupCache, RowLayout, attend_row, no_mask, shared_prefix
 from model.graphs import GraphedStep
+from model.linear_attention import LinearStates, state_layout
 from model.logprobs import linear_logits, linear_logprobs
 from model.packing import (
     IMAGE_FEATURES,
@@ -235,16 +236,22 @@ def prefill(
 ) -> tuple[GroupCache, Tensor, Tensor]:
     """Reads each prompt once: the cache of R = B * G sequences, logits [R, V] and next positions [A, R]."""
     sizes = [prompt["input_ids"].shape[1] for prompt in prompts]
-    states = PromptStates(max(sizes))
+    states, linear = PromptStates(max(sizes)), LinearStates()
     logits, nexts = [], []
     for start, stop in _chunks(sizes, PREFILL_TOKENS):
         row = pack_row(model, prompts[start:stop], [[] for _ in range(start, stop)])
         device = row.targets.device
-        attend = partial(states.attend, row.layout)
+        inputs = {
+            **row.inputs,
+            "attend": partial(states.attend, row.layout),
+            "recur": partial(linear.recur_prompts, state_layout(row.layout)),
+            "attention_mask": no_mask(device),
+        }
         last = torch.tensor([end - 1 for _, end, _ in row.layout.groups], device=device)
-        logits.append(forward({**row.inputs, "attend": attend, "attention_mask": no_mask(device)}, last))
+        logits.append(forward(inputs, last))
         nexts.append(row.next_positions)
-    cache = GroupCache(states.take(), sizes, group_size)
+    linear.expand(group_size)
+    cache = GroupCache(states.take(), sizes, group_size, linear)
     repeat = partial(torch.repeat_interleave, repeats=group_size)
     return cache, repeat(torch.cat(logits), dim=0), repeat(torch.cat(nexts, 1), dim=1)
 
@@ -265,13 +272,9 @@ class PromptStates:
             values.append(F.pad(value[0, :, first:end], padding))
         return attend_row(layout, layer, query, key, value, scale)
 
-    def take(self) -> list[tuple[Tensor, Tensor]]:
-        """Per layer keys and values [B, K, P, D]; each layer is freed as it is copied."""
-        stacked = []
-        for layer in sorted(self.layers):
-            keys, values = self.layers.pop(layer)
-            stacked.append((torch.stack(keys), torch.stack(values)))
-        return stacked
+    def take(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values [B, K, P, D] by layer; each layer is freed as it is copied."""
+        return {layer: tuple(map(torch.stack, self.layers.pop(layer))) for layer in sorted(self.layers)}
 
 
 def _chunks(sizes: Sequence[int], budget: int) -> list[tuple[int, int]]:
@@ -350,7 +353,8 @@ class Decoding:
 
     def counters(self) -> list[Tensor]:
         """The buffers that a step moves on; what it writes into the others it would write again."""
-        return [self.ids, self.positions, self.alive, self.step, self.lengths, self.cache.length]
+        counters = [self.ids, self.positions, self.alive, self.step, self.lengths, self.cache.length]
+        return [*counters, *self.cache.linear.buffers()]
 
 
 def decode_step(state: Decoding) -> Tensor:
@@ -363,6 +367,7 @@ def decode_step(state: Decoding) -> Tensor:
         "input_ids": state.ids[:, None],
         "position_ids": model_positions(state.positions[..., None]),
         "attend": state.cache.attend,
+        "recur": state.cache.linear.recur,
         "attention_mask": no_mask(state.ids.device),
     }
     logits = state.forward(inputs, torch.arange(len(state.ids), device=state.ids.device))

@@ -25,18 +25,19 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from grpo import group_advantages, grpo_loss
+from grpo import gdpo_advantages, gdpo_sums, group_advantages, grpo_loss
 from infra.dryrun import print_plan
 from infra.figures import causes_for_concern, group_figures, reward_key, speed_figures, step_figures
 from infra.parallel import all_gather, all_max, all_sum, drawing, gradient_scale, launch
 from infra.plugins import NOT_RUN, RewardCall, run_rewards
-from infra.rows import Row
+from infra.rows import Row, empty_truncated, on_host
 from infra.run import Run, start_run
 from model.lora import adapters_off
 from model.vlm import Prompt
 from rollout import completion_logprobs, sample_completions, see_images, stack_groups, tower_is_frozen
 
 LOSS_FIGURES = ("loss", "kl", "clamped", "clip_low", "clip_high")
+DRIFT_FIGURES = ("draw_gap", "draw_gap_max", "entropy", "tokens")
 
 
 def main(config: TrainConfig) -> int:
@@ -61,20 +62,20 @@ def train_step(run: Run) -> tuple["Rollout", dict[str, float]]:
 
     # 1. Draw G completions of each prompt and pay them by rule. An advantage compares a completion with its group.
     with run.timed("draw"):
-        prompts, completions, draw_logprobs = draw(run, run.prompts())
-        rollout = pay(run, prompts, completions, draw_logprobs)
-        advantages = group_advantages(rollout.totals, config.group_size, scale=config.divides_by_deviation)
+        rollout = draw_and_pay(run)
+        advantages = step_advantages(run, rollout)
         rollout = replace(rollout, advantages=advantages)
 
-    # 2. Pack the groups that teach into rows, each prompt once, and score them under the frozen reference.
+    # 2. Pack the groups that teach into rows, each prompt once, and score them under the reference.
     with run.timed("score"):
-        rows = run.pack(rollout.prompts, rollout.completions, groups_that_teach(advantages, config))
+        learned = empty_truncated(rollout.completions, run.eos_ids) if config.mask_truncated else rollout.completions
+        rows = run.pack(rollout.prompts, learned, groups_that_teach(advantages, config))
         ref_logprobs = reference_logprobs(run, rows)
 
     # 3. Learn. The losses of rows and ranks add up to the loss of the step, however it was cut.
     with run.timed("learn"):
         run.policy.train()
-        options = loss_options(run, rollout)
+        options = loss_options(run, learned)
         first_pass: list[Score] = []
         sums = dict.fromkeys(LOSS_FIGURES, 0.0)
         for _ in range(config.num_iterations):
@@ -99,8 +100,7 @@ def train_step(run: Run) -> tuple["Rollout", dict[str, float]]:
     return rollout, {
         **drawn,
         **speed_figures(run, drawn["completion_tokens"]),
-        **learning_figures(run, sums),
-        **drift_figures(run, rollout, rows, first_pass),
+        **learning_figures(run, sums, drift_sums(rollout, rows, first_pass)),
         "grad_norm": grad_norm,
     }
 
@@ -117,6 +117,7 @@ class Rollout:
     totals: Tensor  # [N] the weighted sum of the rewards
     num_reward_errors: int  # rewards that gave no number and count 0
     advantages: Tensor | None = None  # [N]
+    num_thrown: int = 0  # groups that were drawn and thrown away, with --refill
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,57 @@ class Score:
 
 
 # ---- draw and pay --------------------------------------------------------------------------------------------------
+
+
+def draw_and_pay(run: Run) -> Rollout:
+    """What the step draws and earns; with --refill, groups that teach nothing are thrown away and drawn anew.
+
+    A group gives way to one of another prompt of its file, so the shares of a mix stay. All ranks draw as many rounds.
+    """
+    config = run.config
+    rollout = pay(run, *draw(run, run.prompts()))
+    for number in range(config.refill_rounds if config.refill else 0):
+        equal = equal_groups(run, rollout, accuracy=config.refill == "accuracy")
+        if not all_sum({"equal": float(len(equal))}, run.world)["equal"]:
+            break
+        files = {place: rollout.prompts[place].sample.file for place in equal}
+        others = run.feed.replacements(run.step, number, files)
+        fresh = pay(run, *draw(run, others), first=(number + 1) * len(rollout.texts))
+        rollout = put_groups(rollout, equal, fresh, config.group_size)
+    return rollout
+
+
+def equal_groups(run: Run, rollout: Rollout, *, accuracy: bool = False) -> list[int]:
+    """The prompts whose completions all earn the same: in total, under gdpo in each reward, or in accuracy alone."""
+    if accuracy:
+        earned = each_reward(run, rollout)[0][:, :1]
+    elif run.config.advantages == "gdpo":
+        values, weights = each_reward(run, rollout)
+        earned = values * weights
+    else:
+        earned = rollout.totals.cpu()[:, None]
+    groups = earned.view(len(rollout.prompts), run.config.group_size, -1)
+    return (groups == groups[:, :1]).all(2).all(1).nonzero()[:, 0].tolist()
+
+
+def put_groups(rollout: Rollout, places: Sequence[int], fresh: Rollout, group_size: int) -> Rollout:
+    """The rollout with the fresh groups in these places; what was there is thrown away."""
+    order = list(range(len(rollout.prompts)))
+    for number, place in enumerate(places):
+        order[place] = len(rollout.prompts) + number
+    members = [group * group_size + index for group in order for index in range(group_size)]
+    prompts, completions = rollout.prompts + fresh.prompts, rollout.completions + fresh.completions
+    texts, paid = rollout.texts + fresh.texts, rollout.paid + fresh.paid
+    return Rollout(
+        prompts=[prompts[group] for group in order],
+        completions=[completions[group] for group in order],
+        draw_logprobs=stack_groups([rollout.draw_logprobs, fresh.draw_logprobs])[members],
+        texts=[texts[member] for member in members],
+        paid=[paid[member] for member in members],
+        totals=torch.cat([rollout.totals, fresh.totals])[members],
+        num_reward_errors=rollout.num_reward_errors + fresh.num_reward_errors,
+        num_thrown=rollout.num_thrown + len(places),
+    )
 
 
 def draw(run: Run, prompts: list[Prompt]) -> tuple[list[Prompt], list[list[Tensor]], Tensor]:
@@ -154,18 +206,26 @@ def draw(run: Run, prompts: list[Prompt]) -> tuple[list[Prompt], list[list[Tenso
             )
             completions += drawn
             logprobs += drawn_logprobs
+    if not prompts:  # this rank has nothing to refill
+        return prompts, completions, torch.zeros(0, 0, device=run.world.device)
     padded = pad_sequence([values for group in logprobs for values in group], batch_first=True)
     return prompts, completions, padded
 
 
-def pay(run: Run, prompts: list[Prompt], completions: list[list[Tensor]], draw_logprobs: Tensor) -> Rollout:
+def pay(
+    run: Run,
+    prompts: list[Prompt],
+    completions: list[list[Tensor]],
+    draw_logprobs: Tensor,
+    first: int = 0,  # number of the first completion in the step, for the seeds of your own rewards
+) -> Rollout:
     """The rollout: its texts, the rewards that each completion earns by rule, and their weighted sums."""
     config, flat = run.config, [ids for group in completions for ids in group]
-    texts = run.processor.tokenizer.batch_decode(flat, skip_special_tokens=True)
+    texts = run.processor.tokenizer.batch_decode(flat, skip_special_tokens=True) if flat else []  # else [""]
     owners = [prompt for prompt in prompts for _ in range(config.group_size)]  # N: the prompt of each completion
     calls = [
         reward_call(run, owner, number, spec, text)
-        for number, (owner, text) in enumerate(zip(owners, texts, strict=True))
+        for number, (owner, text) in enumerate(zip(owners, texts, strict=True), first)
         for spec in rewards_of(owner, config)
     ]
     stop = config.on_reward_error == "stop"
@@ -176,7 +236,7 @@ def pay(run: Run, prompts: list[Prompt], completions: list[list[Tensor]], draw_l
         earned = [next(results) for _ in specs]  # (value, what went wrong)
         values = [value for value, _ in earned]
         paid.append(dict(zip(specs, values, strict=True)))
-        totals.append((torch.tensor(values) * torch.tensor(config.files[owner.sample.file].weights)).sum())
+        totals.append(float((torch.tensor(values) * torch.tensor(config.files[owner.sample.file].weights)).sum()))
         errors += [
             f"sample {owner.sample.id}: reward {spec} {reason}, for {text[:200]!r}"
             for spec, (_, reason) in zip(specs, earned, strict=True)
@@ -189,7 +249,7 @@ def pay(run: Run, prompts: list[Prompt], completions: list[list[Tensor]], draw_l
         draw_logprobs=draw_logprobs,
         texts=texts,
         paid=paid,
-        totals=torch.stack(totals).to(run.world.device),
+        totals=torch.tensor(totals, device=run.world.device),
         num_reward_errors=len(errors),
     )
 
@@ -198,6 +258,16 @@ def rewards_of(prompt: Prompt, config: TrainConfig) -> list[str]:
     """The rewards that a prompt is paid by: its file's, the first replaced by the sample's own method if it has one."""
     first, *others = config.files[prompt.sample.file].rewards
     return [prompt.sample.reward or first, *others]
+
+
+def each_reward(run: Run, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Each reward of each completion by itself and its weight, [N, K] both, zeros where a prompt has fewer rewards."""
+    config, values, weights = run.config, [], []
+    owners = [prompt for prompt in rollout.prompts for _ in range(config.group_size)]
+    for owner, paid in zip(owners, rollout.paid, strict=True):
+        values.append(torch.tensor([paid[spec] for spec in rewards_of(owner, config)]))
+        weights.append(torch.tensor(config.files[owner.sample.file].weights))
+    return pad_sequence(values, batch_first=True), pad_sequence(weights, batch_first=True)
 
 
 def reward_call(run: Run, prompt: Prompt, number: int, spec: str, text: str) -> RewardCall:
@@ -224,6 +294,17 @@ def handle_reward_errors(run: Run, errors: list[str]) -> None:
 # ---- score and learn -----------------------------------------------------------------------------------------------
 
 
+def step_advantages(run: Run, rollout: Rollout) -> Tensor:
+    """How much better each completion is than the others of its group, [N]."""
+    config = run.config
+    if config.advantages == "group":
+        return group_advantages(rollout.totals, config.group_size, scale=config.divides_by_deviation)
+    sums = gdpo_sums(*each_reward(run, rollout), config.group_size)
+    squares = all_sum({"squares": float(sums.square().sum())}, run.world)["squares"]
+    num_completions = config.completions_per_step
+    return gdpo_advantages(sums, sum_of_squares=squares, num_completions=num_completions).to(run.world.device)
+
+
 def groups_that_teach(advantages: Tensor, config: TrainConfig) -> list[int]:
     """The prompts whose completions are worth a forward: equal rewards teach nothing unless the KL penalty does."""
     differ = (advantages.view(-1, config.group_size) != 0).any(1).tolist()
@@ -248,24 +329,27 @@ def reference_logprobs(run: Run, rows: Sequence[Row]) -> list[Tensor | None]:
     """Log-probs [n, C] of each row's completions under the reference; None for each row where beta is 0."""
     if run.config.beta == 0:
         return [None for _ in rows]
+    if run.following is not None:
+        with run.following.in_place(run.step):
+            return [score_row(run, run.policy, row)[0] for row in rows]
     if run.reference is not None:
         return [score_row(run, run.reference, row)[0] for row in rows]
     with adapters_off(run.policy):  # with LoRA the policy without its adapters is the reference
         return [score_row(run, run.policy, row)[0] for row in rows]
 
 
-def loss_options(run: Run, rollout: Rollout) -> dict:
+def loss_options(run: Run, learned: list[list[Tensor]]) -> dict:
     """The keywords of grpo_loss, with the denominators of the whole step over all ranks."""
     config = run.config
-    drawn = sum(len(ids) for group in rollout.completions for ids in group)
+    num_tokens = sum(len(ids) for group in learned for ids in group)
     return {
         "clip_low": config.clip_low,
         "clip_high": config.clip_high,
         "beta": config.beta,
         "variant": config.variant,
         "max_completion_tokens": config.max_completion_tokens,
-        "num_completions": config.prompts_per_step * config.group_size,
-        "num_tokens": all_sum({"tokens": float(drawn)}, run.world)["tokens"],
+        "num_completions": config.completions_per_step,  # masked ones too, as in TRL
+        "num_tokens": max(1.0, all_sum({"tokens": float(num_tokens)}, run.world)["tokens"]),
     }
 
 
@@ -275,42 +359,52 @@ def loss_options(run: Run, rollout: Rollout) -> dict:
 def rollout_figures(run: Run, rollout: Rollout) -> dict[str, float]:
     """What the drawn completions tell, averaged over the step."""
     groups, size = [], run.config.group_size
+    completions, totals = on_host(rollout.completions), rollout.totals.cpu()
+    equal = equal_groups(run, rollout) if run.config.advantages == "gdpo" else None
     for number, prompt in enumerate(rollout.prompts):
         place = slice(number * size, (number + 1) * size)
-        group = group_figures(
-            prompt, rollout.texts[place], rollout.completions[number], rollout.totals[place].cpu(), run
-        )
+        group = group_figures(prompt, rollout.texts[place], completions[number], totals[place], run)
+        if equal is not None:
+            group["groups_equal"] = float(number in equal)
         for spec in rollout.paid[place.start]:
             values = [paid[spec] for paid in rollout.paid[place]]
             group[reward_key(spec)] = sum(values) / size
         groups.append(group)
     files = [prompt.sample.file for prompt in rollout.prompts]
-    errors = all_sum({"reward_errors": float(rollout.num_reward_errors)}, run.world)
-    return step_figures(groups, files, run.config, run.world) | errors
+    counts = {"reward_errors": float(rollout.num_reward_errors)}
+    if run.config.refill:
+        counts["groups_thrown"] = float(rollout.num_thrown)
+        counts["groups_drawn"] = float(rollout.num_thrown + len(rollout.prompts))
+    return step_figures(groups, files, run.config, run.world) | all_sum(counts, run.world)
 
 
-def learning_figures(run: Run, sums: dict[str, Tensor]) -> dict[str, float]:
-    """The loss and its figures: their sums over rows, as means over passes."""
-    return all_sum({name: float(value) / run.config.num_iterations for name, value in sums.items()}, run.world)
-
-
-def drift_figures(run: Run, rollout: Rollout, rows: Sequence[Row], scores: Sequence[Score]) -> dict[str, float]:
-    """How far the log-probs of the first pass are from those while drawing, and the mean entropy, per token."""
-    zero = torch.zeros((), device=run.world.device)
-    gap, largest, entropy, tokens = zero, zero, zero, zero
+def drift_sums(rollout: Rollout, rows: Sequence[Row], scores: Sequence[Score]) -> dict[str, Tensor]:
+    """How far the log-probs of the first pass are from those while drawing, and the entropies: sums over the tokens."""
+    sums = {name: torch.zeros((), device=rollout.totals.device) for name in DRIFT_FIGURES}
     for row, score in zip(rows, scores, strict=True):
         drawn = rollout.draw_logprobs[row.members, : row.mask.shape[1]]
-        row_gap = (drawn - score.logprobs).abs() * row.mask
-        gap, entropy = gap + row_gap.sum(), entropy + (score.entropies * row.mask).sum()
-        largest = torch.cat([row_gap.flatten(), largest.view(1)]).amax()  # a blank row has no gap at all
-        tokens = tokens + row.mask.sum()
-    sums = all_sum({"gap": float(gap), "entropy": float(entropy), "tokens": float(tokens)}, run.world)
-    count = sums["tokens"] or 1.0
-    return {
-        "draw_gap": sums["gap"] / count,
-        **all_max({"draw_gap_max": float(largest)}, run.world),
-        "entropy": sums["entropy"] / count,
-    }
+        gap = (drawn - score.logprobs).abs() * row.mask
+        sums["draw_gap"] = sums["draw_gap"] + gap.sum()
+        sums["entropy"] = sums["entropy"] + (score.entropies * row.mask).sum()
+        largest = sums["draw_gap_max"].view(1)  # a blank row has no gap at all
+        sums["draw_gap_max"] = torch.cat([gap.flatten(), largest]).amax()
+        sums["tokens"] = sums["tokens"] + row.mask.sum()
+    return sums
+
+
+def learning_figures(run: Run, sums: dict[str, Tensor], drift: dict[str, Tensor]) -> dict[str, float]:
+    """The loss and its figures as means over passes, and the drift per token; no drift if no token was learned."""
+    device = run.world.device
+    values = [torch.as_tensor(value, device=device).double() for value in (sums | drift).values()]
+    told = dict(zip(sums | drift, torch.stack(values).tolist(), strict=True))  # one wait for the device
+    largest = all_max({"draw_gap_max": told.pop("draw_gap_max")}, run.world)
+    for name in sums:
+        told[name] /= run.config.num_iterations
+    told = all_sum(told, run.world)
+    figures = {name: told[name] for name in sums}
+    if count := told["tokens"]:
+        figures |= {"draw_gap": told["draw_gap"] / count, **largest, "entropy": told["entropy"] / count}
+    return figures
 
 
 def example(run: Run, rollout: Rollout) -> str:

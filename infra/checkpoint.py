@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, readable by any number of ranks, never pickled.
 
 A checkpoint is a Hugging Face directory (the weights in the compute dtype) plus the training state: for each rank a
-safetensors file with its rows of the fp32 masters and of the optimizer's moments, and one JSON. Any number of ranks can
-read it, because a shard is a range of rows.
+safetensors file with its rows of the fp32 masters, of the optimizer's moments and of a reference that follows the
+policy, and one JSON. Any number of ranks can read it, because a shard is a range of rows.
 """
 
 import json
@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -49,6 +49,7 @@ class Packaging:
     dtype: torch.dtype  # of the weights files
     pixels: tuple[int, int]  # the pixel budget (least, most) of the training, for the processor's config
     evaluation: dict  # what the run evaluates under, for eval.py: evaluation.json
+    reference: dict[str, Tensor] = field(default_factory=dict)  # this rank's part of a reference that follows
 
 
 def save_checkpoint(
@@ -75,7 +76,7 @@ def save_checkpoint(
     with _all_or_none(world, partial):
         if _shard_index(world) is not None:
             path = partial / STATE_FILE.format(_shard_index(world))
-            save_file(_finite(_training_tensors(model, optimizers)), path)
+            save_file(_finite(_training_tensors(model, optimizers, packaging.reference)), path)
             _finish_file(path)
         if world.first:
             if adapters:
@@ -209,11 +210,19 @@ def load_training_state(
     names = set(files[0].keys())
     with torch.no_grad():
         for name, parameter in trainable(model):
-            _local(parameter).copy_(_read_rows(files, f"master.{name}", parameter, world))
+            local_part(parameter).copy_(_read_rows(files, f"master.{name}", parameter, world))
             for optimizer in optimizers:
                 for key in [key for key in names if key.startswith("moment.") and key.endswith(f":{name}")]:
                     _restore_moment(optimizer, parameter, key, files, world)
     return state
+
+
+def load_reference_values(directory: Path, model: nn.Module, values: dict[str, Tensor], world: World) -> None:
+    """Restores the values of a reference that follows, however many ranks wrote them."""
+    state = json.loads((directory / "trainer.json").read_text())
+    files = [_open_state(directory / STATE_FILE.format(shard)) for shard in range(state["num_shards"])]
+    for name, parameter in trainable(model):
+        values[name].copy_(_read_rows(files, f"reference.{name}", parameter, world))
 
 
 def _open_state(path: Path):
@@ -227,7 +236,10 @@ def _open_state(path: Path):
 
 def _check_fit(directory: Path, files: list, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
     """Refuses a training state whose tensors differ from what is trained here, and names the first differences."""
-    saved = [{key: tuple(file.get_slice(key).get_shape()) for key in file.keys()} for file in files]
+    saved = [
+        {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if not key.startswith("reference.")}
+        for file in files
+    ]
     expected, wrong = _expected_shapes(saved[0], model, optimizers), []
     for shard, shapes in enumerate(saved):
         wrong += [f"{key} belongs to nothing trained here" for key in shapes.keys() - expected.keys()]
@@ -272,21 +284,24 @@ def _restore_moment(
         optimizer.state[parameter][kind] = files[0].get_tensor(key).to(device)
         return
     moment = torch.zeros_like(parameter)
-    _local(moment).copy_(_read_rows(files, key, parameter, world))
+    local_part(moment).copy_(_read_rows(files, key, parameter, world))
     optimizer.state[parameter][kind] = moment
 
 
-def _training_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    tensors = {}
+def _training_tensors(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], reference: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    tensors = {f"reference.{name}": part for name, part in reference.items()}
     for name, parameter in trainable(model):
-        tensors[f"master.{name}"] = _local(parameter)
+        tensors[f"master.{name}"] = local_part(parameter)
         for optimizer in optimizers:
             for kind, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"moment.{kind}:{name}"] = _local(value)
+                tensors[f"moment.{kind}:{name}"] = local_part(value)
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor; a whole one as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -301,7 +316,7 @@ def _read_rows(files: list, key: str, parameter: nn.Parameter, world: World) -> 
         if low < high:
             parts.append(file.get_slice(key)[low - first : high - first])
     if not parts:  # fewer rows than ranks: this one holds none
-        return _local(parameter)
+        return local_part(parameter)
     return torch.cat(parts)
 
 

@@ -26,7 +26,12 @@ class ModelOptions:
 
     model: str = option("", "hub name or directory; without it the toy is trained, under its own options")
     freeze_vision: bool = option(False, "do not train the vision tower and its projector")
-    lora_rank: int = option(0, "train adapters of this rank and nothing else; 0 trains the weights", least=0)
+    lora_rank: int = option(
+        0,
+        "train adapters of this rank on all linear layers of the decoder, and nothing else, at\nten times the learning "
+        "rate; 64 alone is a good start; 0 trains the weights",
+        least=0,
+    )
     lora_alpha: int = option(0, "adapters are scaled by alpha / rank; 0 means twice the rank", least=0)
     lora_dropout: float = option(0.0, "share of an adapter's inputs that training drops", least=0)
     lora_targets: list[str] = option(
@@ -70,7 +75,7 @@ class TrainingOptions:
     )
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, a third more time")
     optimizer: Literal["adamw", "muon"] = option("adamw", "muon trains matrices; the rest gets AdamW at a tenth")
-    learning_rate: float = option(1e-6, "peak learning rate", above=0)
+    learning_rate: float = option(1e-6, "peak learning rate; ten times the default with LoRA", above=0)
     schedule: Literal["constant", "linear", "cosine", "trapezoid"] = option(
         "constant", "after the warm-up: stay, fall to 0, or (trapezoid) fall over the last quarter"
     )
@@ -100,6 +105,7 @@ class OutputOptions:
     save_every: int = option(100, "steps between checkpoints; the last step is always saved; 0 means off", least=0)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept, besides the best", above=0)
     report: bool = option(True, "write report.html, a page to look at, at each evaluation and at the end")
+    log_every: int = option(10, "steps between the lines of a log file; a terminal shows a bar", above=0)
     tensorboard: bool = option(False, "also write the metrics for tensorboard")
     wandb: bool = option(False, "also send the metrics to wandb")
     dry_run: bool = option(
@@ -131,11 +137,15 @@ class RunConfig(
         ModelOptions, DataOptions, PromptOptions, TrainingOptions, EvaluationOptions, OutputOptions, MachineOptions
     )  # fmt: skip
 
+    # What --lora_rank changes where the command line does not say otherwise. Ten times the rate of full training, as in
+    # Thinking Machines' "LoRA Without Regret" (2025) and in VLM-R1's script.
+    LORA_DEFAULTS: ClassVar[dict[str, float]] = {"learning_rate": 1e-5}
+
     # A resumed run may change these; any other option would make it another run. Paths, because a run may have moved.
     FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
         "resume steps epochs row_tokens cuda_graphs draw_batch_size gradient_checkpointing eval_every eval_limit "
-        "eval_batch_size save_every keep_checkpoints log_completions_every report tensorboard wandb dry_run "
-        "draw_sharded max_hours max_bad_steps on_reward_error reward_seconds traceback "
+        "eval_batch_size save_every keep_checkpoints log_completions_every log_every log_images report tensorboard "
+        "wandb dry_run draw_sharded max_hours max_bad_steps on_reward_error reward_seconds traceback "
         "model data image_root mix eval_data allow_outside_root".split()
     )
 
@@ -235,11 +245,24 @@ class AlgorithmOptions:
     reward_weights: list[float] = option([], "weight of each reward; by default all 1")
     group_size: int = option(8, "completions of each prompt", least=2)
     num_iterations: int = option(1, "optimizer passes over the completions of a step", least=1)
-    variant: Literal["grpo", "dapo", "dr_grpo", "gspo"] = option("grpo", "how tokens are averaged, see grpo.py")
+    variant: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo"] = option(
+        "grpo", "how ratios are clipped and tokens averaged, see docs/training.md"
+    )
+    advantages: Literal["group", "gdpo"] = option(
+        "group", "compare the sum of the rewards in each group; gdpo: compare each reward by itself,\nthen sum"
+    )
     scale_advantages: bool | None = option(
         None, "divide advantages by the group's standard deviation; by default yes,\nexcept under dr_grpo"
     )
+    refill: Literal["", "rewards", "accuracy"] = option(
+        "", "draw other prompts in place of groups whose completions all earn the same rewards,\nor the same accuracy"
+    )
+    refill_rounds: int = option(3, "with --refill: at most so many further rounds of drawing in a step", above=0)
+    mask_truncated: bool = option(False, "keep completions that the length limit cuts off out of the loss")
     beta: float = option(0.04, "weight of the KL penalty; at 0, and with LoRA, no second model is loaded", least=0)
+    ref_every: int = option(
+        0, "the reference of the KL penalty becomes the policy every so many steps; 0: it stays", least=0
+    )
     clip_low: float = option(0.2, "the ratio is clipped below 1 minus this", above=0)
     clip_high: float = option(0.2, "the ratio is clipped above 1 plus this", above=0)
     on_reward_error: Literal["stop", "zero"] = option(
@@ -257,6 +280,7 @@ class DrawingOptions:
     top_p: float = option(1.0, "draw among the most likely tokens that hold this probability", above=0)
     draw_batch_size: int = option(512, "completions generated together in one process; bounds the cache", above=0)
     log_completions_every: int = option(10, "steps between groups written to completions.jsonl", least=1)
+    log_images: bool = option(False, "also send these groups with their boxes to tensorboard and wandb, as images")
 
 
 @dataclass(frozen=True)
@@ -274,6 +298,15 @@ class TrainConfig(DrawingOptions, AlgorithmOptions, RunConfig):
         super().__post_init__()
         if self.mix and self.reward_weights:
             raise ValueError(f'reward_weights are {self.reward_weights} beside a mix: give its entries "weights"')
+        if self.log_images and not (self.tensorboard or self.wandb):
+            raise ValueError("log_images is given and nothing takes images: add --tensorboard or --wandb")
+        if self.advantages == "gdpo" and self.scale_advantages is not None:
+            raise ValueError(
+                f"scale_advantages is {self.scale_advantages} beside advantages gdpo, which always divides: "
+                "leave it out"
+            )
+        if self.ref_every and not self.beta:
+            raise ValueError(f"ref_every is {self.ref_every} and beta is 0: without a penalty there is no reference")
         if self.clip_low >= 1:
             raise ValueError(f"clip_low is {self.clip_low}: it must be below 1")
         if self.top_p > 1:
@@ -295,8 +328,13 @@ class TrainConfig(DrawingOptions, AlgorithmOptions, RunConfig):
         return self.variant != "dr_grpo" if self.scale_advantages is None else self.scale_advantages
 
     @property
+    def completions_per_step(self) -> int:
+        """N of a step, over all ranks."""
+        return self.prompts_per_step * self.group_size
+
+    @property
     def needs_reference_model(self) -> bool:
-        """Whether the KL penalty needs a second model; with LoRA the policy without its adapters is the reference."""
+        """Whether the KL penalty needs a second set of weights; LoRA has its reference with the adapters off."""
         return self.beta > 0 and not self.lora_rank
 
 
@@ -304,7 +342,9 @@ class TrainConfig(DrawingOptions, AlgorithmOptions, RunConfig):
 class ImitationOptions:
     """Supervised fine-tuning."""
 
-    learning_rate: float = option(1e-5, "peak learning rate; the paper uses 1e-6", above=0)
+    learning_rate: float = option(
+        1e-5, "peak learning rate, ten times the default with LoRA; the paper uses 1e-6", above=0
+    )
     response: str = option("<answer>{answer}</answer>", "text to imitate, with {answer} and, if wanted, {question}")
     reward: str = option("iou", "reward that evaluation reports, where the data names none")
 
@@ -314,6 +354,7 @@ class SftConfig(ImitationOptions, RunConfig):
     """Supervised fine-tuning, the baseline of the paper. Without options it trains the toy on this machine."""
 
     GROUPS: ClassVar[tuple[type, ...]] = (ImitationOptions, *RunConfig.GROUPS)
+    LORA_DEFAULTS: ClassVar[dict[str, float]] = {"learning_rate": 1e-4}
 
     def __post_init__(self) -> None:
         super().__post_init__()

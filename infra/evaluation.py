@@ -4,16 +4,16 @@ Training evaluates the model in training with these functions, and eval.py any o
 numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from data import BadSample, Sample, answer_boxes, template_text
 from infra.parallel import World, all_gather, drawing
 from infra.plugins import RewardCall, run_rewards
+from infra.terminal import say
 from model.vlm import Prompt, banned_token_ids, build_prompt, eos_token_ids, to_image_box
 from rewards import first_box, iou, parse_boxes
 from rollout import sample_completions
@@ -33,15 +33,21 @@ class Protocol:
 
 
 def answer_samples(
-    model: nn.Module, processor: ProcessorMixin, samples: Sequence[Sample], world: World, protocol: Protocol
+    model: nn.Module,
+    processor: ProcessorMixin,
+    samples: Sequence[Sample],
+    world: World,
+    protocol: Protocol,
+    tell: Callable[[int, int], None] | None = None,  # is told how many are answered, of how many
 ) -> list[dict]:
     """A row per sample with its greedy answer and its score, in their order; every rank answers its share."""
     eos, banned = eos_token_ids(model, processor), banned_token_ids(model, processor)
     mine = list(enumerate(samples))[world.rank :: world.size]
     rows = []
     with drawing(model, world) as forward:
-        starts = range(0, len(mine), protocol.batch_size)
-        for start in tqdm(starts, "evaluating", delay=5, leave=False, disable=not world.first):
+        for start in range(0, len(mine), protocol.batch_size):
+            if tell and world.first:
+                tell(start * world.size, len(samples))
             prompts = {}
             for number, sample in mine[start : start + protocol.batch_size]:
                 try:
@@ -151,4 +157,4 @@ def handle_reward_errors(rows: Sequence[dict], on_reward_error: str, world: Worl
     if on_reward_error == "stop":
         raise ValueError(f"{first}; {len(wrong)} of {len(rows)} answers have no reward: mend the reward")
     if world.first:
-        tqdm.write(f"warning: {len(wrong)} of {len(rows)} answers score 0, the first: {first}")
+        say(f"warning: {len(wrong)} of {len(rows)} answers score 0, the first: {first}")

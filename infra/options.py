@@ -69,7 +69,7 @@ def parse_options(
     """The config that a command line describes; an unknown option is an error.
 
     Where no --model is given, `preset` (the toy's options) replaces the defaults. With --resume the saved options of
-    that run do.
+    that run do. A --lora_rank brings its own defaults, which all of these outrank.
     """
     given = _read(config_class, argv)
     if given.get("resume"):
@@ -83,7 +83,8 @@ def parse_options(
             defaults = {
                 name: value for name, value in defaults.items() if name not in ("data", "image_root", "eval_data")
             }
-    return config_class(**{**defaults, **given})
+    recipe = config_class.LORA_DEFAULTS if given.get("lora_rank") else {}
+    return config_class(**{**recipe, **defaults, **given})
 
 
 def _read(config_class: type, argv: Sequence[str]) -> dict:

@@ -1,14 +1,20 @@
 """The model that is trained and its reference: loaded, adapted and sharded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
+from infra.checkpoint import local_part
 from infra.config import RunConfig
 from infra.parallel import World, compute_dtype, shard_model
 from model.lora import add_adapters, choose_layers
-from model.vlm import describe_processor, load_model
+from model.vlm import describe_processor, load_model, trainable
+from rollout import evaluating
 
 
 def load_policy(config: RunConfig, world: World) -> tuple[nn.Module, ProcessorMixin]:
@@ -57,3 +63,40 @@ def load_reference(config: RunConfig, world: World) -> nn.Module:
     dtype = compute_dtype(config.dtype)
     model, _ = load_model(config.model, dtype=dtype, empty=not world.first)
     return shard_model(model.requires_grad_(False), world, compute_dtype=dtype, trained=False)
+
+
+class FollowingReference:
+    """The reference of --ref_every: the policy as it was, by the values of all that is trained.
+
+    It is no second model. While it scores, the policy holds the old values; afterwards it has its own again, bit for
+    bit. The old values have the compute dtype, in which a forward would cast them.
+    """
+
+    def __init__(self, policy: nn.Module, every: int, dtype: torch.dtype):
+        self.policy, self.every = policy, every
+        self.values = {name: part.to(dtype, copy=True) for name, part in self._parts().items()}
+
+    def _parts(self) -> dict[str, Tensor]:
+        """This rank's part of all that is trained, by name."""
+        if isinstance(self.policy, FSDPModule):  # after a forward its root would stay gathered, with the values it had
+            self.policy.reshard()
+        return {name: local_part(parameter).detach() for name, parameter in trainable(self.policy)}
+
+    @contextmanager
+    def in_place(self, step: int) -> Iterator[None]:
+        """Turns the policy into the reference of that step inside the block, dropout off."""
+        parts = self._parts()
+        if step and step % self.every == 0:
+            for name, part in parts.items():
+                self.values[name].copy_(part)
+        own = {name: part.clone() for name, part in parts.items()}  # there are no gradients yet, so there is room
+        self._put(self.values)
+        try:
+            with evaluating(self.policy):
+                yield
+        finally:
+            self._put(own)
+
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, part in self._parts().items():
+            part.copy_(values[name])

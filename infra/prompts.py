@@ -110,6 +110,7 @@ class PromptFeed:
         self.used = start * len(range(world.rank, config.prompts_per_step, world.size))
         self._restore()
         self.num_broken = len(self.broken)  # up to the step taken, without what the thread found ahead of it
+        self.num_late = 0  # found by replacements, after the next step was prepared
         self.thread = ThreadPoolExecutor(1)
         self.ahead: tuple[int, Future] | None = None
 
@@ -129,7 +130,8 @@ class PromptFeed:
         """The prompts of a step, every world.size-th from this rank on; unless it is the last, the next are begun."""
         if self.ahead is None or self.ahead[0] != step:
             self.ahead = step, self.thread.submit(self._prepare, step)
-        prompts, self.num_broken = self.ahead[1].result()
+        prompts, num_broken = self.ahead[1].result()
+        self.num_broken, self.num_late = num_broken + self.num_late, 0
         self.ahead = None if last else (step + 1, self.thread.submit(self._prepare, step + 1))
         return prompts
 
@@ -141,6 +143,27 @@ class PromptFeed:
         else:
             indices = step_indices(len(self.samples), *place)
         return [self._build(index) for index in indices[self.world.rank :: self.world.size]], len(self.broken)
+
+    def replacements(self, step: int, round: int, files: dict[int, int]) -> list[Prompt]:
+        """Other prompts for these places among this rank's prompts of a step, each of the data file named.
+
+        They are a function of seed, step, round and place, like everything drawn: a resume needs no state. Each file
+        has a shuffled order of its own for them, in which every place of a round has a position.
+        """
+        prompts, num_found = self.thread.submit(self._prepare_replacements, step, round, files).result()
+        self.num_broken += num_found
+        self.num_late += num_found
+        return prompts
+
+    def _prepare_replacements(self, step: int, round: int, files: dict[int, int]) -> tuple[list[Prompt], int]:
+        self.step, before, prompts = step, len(self.broken), []
+        place = self.config.prompts_per_step, step * self.config.refill_rounds + round
+        first_seed = self.config.seed * 1_000_003 + 1  # the steps themselves have other orders
+        orders = {file: step_indices(self.sizes[file], *place, first_seed + file) for file in set(files.values())}
+        for number, file in files.items():
+            index = orders[file][number * self.world.size + self.world.rank]
+            prompts.append(self._build(sum(self.sizes[:file]) + index))
+        return prompts, len(self.broken) - before
 
     def _build(self, index: int) -> Prompt:
         """The prompt of that sample, or of the next one that is not broken."""

@@ -44,14 +44,13 @@ for (const group of all(".group")) {
   group.addEventListener("focusin", event => light(event.target));
   group.addEventListener("focusout", () => light(null));
 }
-function filters(form, items, keep, orders) {
-  if (!form) return;
-  const parent = items.length ? items[0].parentNode : null;
+function filters(form, keep, orders) {
+  const parent = form.nextElementSibling, items = [...parent.children];
   const apply = () => {
     const wanted = Object.fromEntries(new FormData(form));
     let count = 0;
     for (const item of items) { item.hidden = !keep(item.dataset, wanted); count += !item.hidden; }
-    if (orders && parent) {
+    if (orders) {
       parent.append(...[...items].sort((a, b) => orders[wanted.order](a.dataset, b.dataset)));
     }
     form.querySelector("output").textContent = `${count} of ${items.length} shown`;
@@ -61,10 +60,10 @@ function filters(form, items, keep, orders) {
   apply();
 }
 const within = (value, low, high) => (low === "" || value >= +low) && (high === "" || value <= +high);
-filters(document.querySelector("#group-filters"), all(".group"),
+for (const form of all(".group-filters")) filters(form,
   (d, w) => within(+d.step, w.step_from, w.step_to) &&
     within(+d.reward, w.reward_from, w.reward_to) && (!w.file || d.file === w.file),
   {spread: (a, b) => b.spread - a.spread, best: (a, b) => b.reward - a.reward, worst: (a, b) => a.reward - b.reward,
    newest: (a, b) => b.step - a.step, oldest: (a, b) => a.step - b.step});
-filters(document.querySelector("#answer-filters"), all(".answer"),
+for (const form of all(".answer-filters")) filters(form,
   (d, w) => (!w.set || d.set === w.set) && (!w.kind || d.kinds.split("|").includes(w.kind)));

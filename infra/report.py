@@ -11,7 +11,6 @@ import base64
 import functools
 import io
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,17 @@ import numpy as np
 from data import IMAGE_MARK, BadSample, load_image
 from infra.config import SftConfig, TrainConfig
 from infra.options import default_of
-from infra.report_data import KINDS, RunFiles, is_listed, read_marks, read_run, rewards_of, scored_marks
+from infra.report_data import (
+    EVALUATED,
+    KINDS,
+    RunFiles,
+    best_row,
+    is_listed,
+    read_marks,
+    read_run,
+    rewards_of,
+    scored_marks,
+)
 from infra.report_page import (
     Line,
     Mark,
@@ -41,7 +50,6 @@ from infra.report_page import (
     show_picture,
     table,
 )
-from metrics.summary import headline
 
 SIDE = 400  # pixels of a thumbnail's longer side
 MAX_IMAGE_BYTES = 10_000_000  # of all thumbnails, as text
@@ -64,15 +72,6 @@ CURVES = (
     ("Memory", "most used so far, GB", ("memory_gb",)),
 )
 OFF_AT_ZERO = ("kl", "clip_low", "clip_high")  # without a penalty or a second pass
-EVALUATED = (
-    "accuracy",
-    "mean_iou",
-    "map",
-    "precision",
-    "recall",
-    "nms_ap",
-    "reward",
-)  # figures of a set, in this order
 
 
 def write_report(outs: Sequence[str | Path]) -> Path:
@@ -80,11 +79,15 @@ def write_report(outs: Sequence[str | Path]) -> Path:
     runs = [read_run(Path(out)) for out in outs]
     first, *others = runs
     title = " and ".join(run.out.name for run in runs)
-    images = Thumbnails([*first.groups, *first.answers])
-    sections = [f"<h1>{escaped(title)}</h1>", *map(run_section, runs), curve_section(runs)]
-    if others:
-        sections.append(f'<p class="soft">Groups and answers below are those of {escaped(first.out.name)}.</p>')
-    sections += [group_section(first.groups, images), answer_section(first.answers, images)]
+    images = Thumbnails([row for run in runs for row in (*run.groups, *run.answers)])
+    names = [f" of {escaped(run.out.name)}" if others else "" for run in runs]
+    sections = [f"<h1>{escaped(title)}</h1>"]
+    for run in runs:
+        sections += [f"<h2>{escaped(run.out.name)}</h2>"] if others else []
+        sections.append(run_section(run))
+    sections.append(curve_section(runs))
+    sections += [group_section(run.groups, images, name) for run, name in zip(runs, names, strict=True)]
+    sections += [answer_section(run.answers, images, name) for run, name in zip(runs, names, strict=True)]
     path, fresh = first.out / "report.html", first.out / ".report.html.partial"
     fresh.write_text(page(title, sections), encoding="utf-8")
     return fresh.rename(path)
@@ -138,7 +141,7 @@ def run_section(run: RunFiles) -> str:
     """What was run, how far it is, its best score, and the line that resumes it."""
     options = run.about.get("options", {})
     done = run.metrics[-1]["step"] if run.metrics else 0
-    total = options.get("steps") or 0
+    total = run.about.get("num_steps") or options.get("steps") or 0
     finished = bool(total) and done >= total
     target = f"{total:,}" if total else f"{options.get('epochs', '?')} epochs"
     state = f"step {done:,} of {target}, {'finished' if finished else 'not finished'}"
@@ -174,12 +177,6 @@ def changed_options(options: dict) -> list[tuple[str, str, str]]:
         for name, value in options.items()
         if value != defaults.get(name) and name not in ("output_dir", "resume")
     ]
-
-
-def best_row(rows: Sequence[dict]) -> tuple[str, dict]:
-    """The headline figure of a set, and the evaluation that is best by it."""
-    name = headline(rows[-1])
-    return name, max(rows, key=lambda row: -math.inf if row.get(name) is None else row[name])
 
 
 def with_interval(row: dict, name: str) -> str:
@@ -276,9 +273,9 @@ def held_out_charts(runs: Sequence[RunFiles]) -> list[str]:
     return charts
 
 
-def group_section(groups: Sequence[dict], images: Thumbnails) -> str:
+def group_section(groups: Sequence[dict], images: Thumbnails, of_run: str = "") -> str:
     """The logged groups of completions, the most disputed first."""
-    head = "<h2>Groups</h2>"
+    head = f"<h2>Groups{of_run}</h2>"
     if not groups:
         return f"{head}<p>No group has been logged: completions.jsonl is empty.</p>"
     spread = [float(np.std(rewards_of(group))) for group in groups]
@@ -296,7 +293,7 @@ def group_section(groups: Sequence[dict], images: Thumbnails) -> str:
     return (
         f"{head}<p class='soft'>All completions of a prompt with what they earned. The advantage compares a completion "
         "with its group: blue ones become more likely, orange ones less. Point at a completion or at a box.</p>"
-        f'{legend()}<form id="group-filters" class="controls needs-js">{"".join(controls)}<output></output></form>'
+        f'{legend()}<form class="group-filters controls needs-js">{"".join(controls)}<output></output></form>'
         f'<div class="groups">{"".join(show_group(groups[place], spread[place], images) for place in order)}</div>'
     )
 
@@ -337,12 +334,12 @@ def show_group(group: dict, spread: float, images: Thumbnails) -> str:
     )
 
 
-def answer_section(answers: Sequence[dict], images: Thumbnails) -> str:
+def answer_section(answers: Sequence[dict], images: Thumbnails, of_run: str = "") -> str:
     """The answers of the last evaluation, failures first, and how often each kind of failure occurs."""
     if not answers:
-        return "<h2>Evaluation</h2><p>No answers of an evaluation are there: answers.jsonl is missing or empty.</p>"
+        return f"<h2>Evaluation{of_run}</h2><p>There are no answers: answers.jsonl is missing or empty.</p>"
     sets = dict.fromkeys(row["set"] for row in answers)
-    parts, seen = [f"<h2>Evaluation at step {answers[0]['step']:,}</h2>"], Counter()
+    parts, seen = [f"<h2>Evaluation{of_run} at step {answers[0]['step']:,}</h2>"], Counter()
     for name in sets:
         rows = [row for row in answers if row["set"] == name]
         counts = Counter(kind for row in rows for kind in row["kinds"])
@@ -360,7 +357,7 @@ def answer_section(answers: Sequence[dict], images: Thumbnails) -> str:
     if len(sets) > 1:
         controls.append(field("set", select("set", [("", "all"), *((name, name) for name in sets)])))
     shown = [row for row in answers if row["shown"]]
-    parts.append(f'<form id="answer-filters" class="controls needs-js">{"".join(controls)}<output></output></form>')
+    parts.append(f'<form class="answer-filters controls needs-js">{"".join(controls)}<output></output></form>')
     return "".join(parts) + f'<div class="gallery">{"".join(show_answer(row, images) for row in shown)}</div>'
 
 

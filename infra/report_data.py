@@ -13,6 +13,7 @@ import numpy as np
 from data import answer_boxes
 from infra.report_page import Mark
 from metrics.detection import compare_items, greedy_matches
+from metrics.summary import headline
 from model.families import to_image_box
 from rewards import answer_or_all, first_box, parse_boxes
 
@@ -20,6 +21,15 @@ MAX_GROUPS = 48
 MAX_ANSWERS = 36  # of each kind, over all evaluation sets
 FAILURES = ("unreadable", "wrong object", "loose box", "missed", "extra", "wrong", "partly right", "image not read")
 KINDS = (*FAILURES, "right")  # the worst first
+EVALUATED = (
+    "accuracy",
+    "mean_iou",
+    "map",
+    "precision",
+    "recall",
+    "nms_ap",
+    "reward",
+)  # figures of a set, in this order
 _POINT = re.compile(r"[\[(]\s*+(-?\d++(?:\.\d++)?)\s*+,\s*+(-?\d++(?:\.\d++)?)\s*+[\])]")
 
 
@@ -44,6 +54,16 @@ def read_run(out: Path) -> RunFiles:
         raise ValueError(f"{out / 'config.json'}: no such file; give the output directory of a run")
     metrics = read_lines(out / "metrics.jsonl")
     done = metrics[-1]["step"] if metrics else 0
+    evaluations = read_evaluations(out)
+    # A run that was resumed from an earlier checkpoint has answers of a later step until it evaluates again.
+    answers = [row for row in read_lines(out / "answers.jsonl") if row["step"] <= done]
+    groups = choose_groups(read_lines(out / "completions.jsonl", most=500))
+    about = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    return RunFiles(out, about, metrics, evaluations, groups, choose_answers(answers))
+
+
+def read_evaluations(out: Path) -> dict[str, list[dict]]:
+    """The figures of each evaluation and its "step", per set."""
     evaluations: dict[str, list[dict]] = {}
     for row in read_lines(out / "eval.jsonl"):
         for key, value in row.items():
@@ -54,11 +74,13 @@ def read_run(out: Path) -> RunFiles:
                 if not rows or rows[-1]["step"] != row["step"]:
                     rows.append({"step": row["step"]})
                 rows[-1][figure] = value
-    # A run that was resumed from an earlier checkpoint has answers of a later step until it evaluates again.
-    answers = [row for row in read_lines(out / "answers.jsonl") if row["step"] <= done]
-    groups = choose_groups(read_lines(out / "completions.jsonl", most=500))
-    about = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    return RunFiles(out, about, metrics, evaluations, groups, choose_answers(answers))
+    return evaluations
+
+
+def best_row(rows: Sequence[dict]) -> tuple[str, dict]:
+    """The headline figure of a set, and the evaluation that is best by it."""
+    name = headline(rows[-1])
+    return name, max(rows, key=lambda row: -math.inf if row.get(name) is None else row[name])
 
 
 def read_lines(path: Path, most: int = 0) -> list[dict]:

@@ -65,3 +65,16 @@ def _row(prompts: list[Prompt], completions: list[list[Tensor]], members: list[i
     longest = int(sizes.max()) if len(sizes) else 0
     mask = torch.arange(longest, device=device) < sizes[:, None]
     return Row(prompts, completions, torch.tensor(members, dtype=torch.long, device=device), mask)
+
+
+def empty_truncated(completions: Sequence[Sequence[Tensor]], eos_ids: Sequence[int]) -> list[list[Tensor]]:
+    """The completions, emptied where they lack an end token: the length limit cut them off, and no loss is on them."""
+    last = iter(torch.stack([ids[-1] for group in completions for ids in group]).tolist())
+    return [[ids if next(last) in eos_ids else ids[:0] for ids in group] for group in completions]
+
+
+def on_host(completions: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """The completions on the CPU, in one copy: a copy of each would wait for the device as many times."""
+    flat = [ids for group in completions for ids in group]
+    copied = iter(torch.cat(flat).cpu().split([len(ids) for ids in flat]))
+    return [[next(copied) for _ in group] for group in completions]

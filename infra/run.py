@@ -10,16 +10,16 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from data import Sample
 from infra.budget import RowBudget, out_of_memory, row_budget
-from infra.checkpoint import Packaging
+from infra.checkpoint import Packaging, load_reference_values
 from infra.config import RunConfig
 from infra.estimate import must_draw_sharded
 from infra.evaluation import Protocol, answer_samples, handle_reward_errors
@@ -33,12 +33,14 @@ from infra.optim import (
     set_learning_rate,
 )
 from infra.parallel import STOPPED, World, all_gather, all_sum, compute_dtype, drawing, process_group
-from infra.policy import load_policy, load_reference
+from infra.policy import FollowingReference, load_policy, load_reference
 from infra.prompts import PromptFeed, load_run_samples
 from infra.report import write_report
+from infra.report_data import read_evaluations
 from infra.rows import Row, pack_rows
 from infra.runlog import RunLog, append_rows, open_run, read_rows
 from infra.stop import StopSignal
+from infra.terminal import header, hide_library_bars, in_terminal, say, score_table, short_path, time_line
 from metrics.summary import headline, summarize
 from model.graphs import GRAPHS
 from model.vlm import Prompt, banned_token_ids, blank_prompt, check_special_tokens, eos_token_ids, trainable
@@ -69,6 +71,7 @@ class Run:
     eos_ids: list[int]
     banned_ids: list[int]
     blank: Prompt  # a small image that a rank adds to a row when it has none
+    following: FollowingReference | None = None  # the reference of --ref_every
     generator: torch.Generator | None = None  # draws the completions of the step in progress
     figures: dict[str, float] = field(default_factory=dict)  # what the step in progress has measured so far
     recent: deque = field(init=False)  # the figures of the last steps
@@ -94,10 +97,10 @@ class Run:
         if start >= self.num_steps:
             self.log.say(f"{self.out} has done its {self.num_steps} steps: give more --steps to continue it")
             return
+        self.log.terminal.begin(start, self.num_steps)
         if start == 0 and config.eval_every:
             self.keeper.best = self.evaluate()
-        bar = tqdm(range(start, self.num_steps), initial=start, total=self.num_steps, disable=not self.world.first)
-        for step in bar:
+        for step in range(start, self.num_steps):
             factor = learning_rate_factor(step, self.num_steps, config.warmup_steps, config.schedule)
             self.figures = {"learning_rate": set_learning_rate(self.optimizers, factor), "skipped_updates": 0.0}
             self.generator = seed_step(config.seed, step, self.world)
@@ -156,35 +159,42 @@ class Run:
         self.stopped = not last and self.stop.agreed(self.world)
         due = self.config.eval_every and (self.step % self.config.eval_every == 0 or last)
         score = self.evaluate() if due else None
-        self.keeper.after_step(self.step, score, last=last or self.stopped)
+        with self.log.terminal.aside_from_steps("save"):
+            self.keeper.after_step(self.step, score, last=last or self.stopped)
 
     # ---- what a step may lead to ----
 
     def evaluate(self) -> float | None:
         """Evaluates the policy on each set and logs the figures; returns the headline figure of the first set."""
-        score, config, answers = None, self.config, []
-        for name, samples in self.eval_sets.items():
-            file = config.files[samples[0].file]
-            protocol = Protocol(
-                template=file.template,
-                measure=file.measure,
-                max_completion_tokens=config.max_completion_tokens,
-                batch_size=config.eval_batch_size,
-                box_space=config.box_space,
-                reward_seconds=getattr(config, "reward_seconds", 0.0),
-                seed=config.seed,
-            )
-            rows = answer_samples(self.policy, self.processor, samples, self.world, protocol)
-            handle_reward_errors(rows, getattr(config, "on_reward_error", "stop"), self.world)
-            summary = summarize(rows)
-            score = summary[headline(summary)] if score is None else score
-            self.log.write("eval.jsonl", self.step, {f"eval/{name}/{key}": value for key, value in summary.items()})
-            figures = "  ".join(f"{key} {value:.4g}" for key, value in summary.items())
-            self.log.say(f"step {self.step}, {name}: {figures}")
-            shown = rows[:: 1 + (len(rows) - 1) // MAX_ANSWERS]
-            answers += [{"step": self.step, "set": name, "of": len(rows), **row} for row in shown]
-        self.report(answers)
+        score, answers, terminal = None, [], self.log.terminal
+        with terminal.aside_from_steps("evaluate"):
+            for name, samples in self.eval_sets.items():
+                tell = partial(terminal.evaluating, name)
+                protocol = self._protocol(samples)
+                rows = answer_samples(self.policy, self.processor, samples, self.world, protocol, tell)
+                handle_reward_errors(rows, getattr(self.config, "on_reward_error", "stop"), self.world)
+                summary = summarize(rows)
+                score = summary[headline(summary)] if score is None else score
+                self.log.write("eval.jsonl", self.step, {f"eval/{name}/{key}": value for key, value in summary.items()})
+                terminal.evaluated(self.step, name, summary)
+                shown = rows[:: 1 + (len(rows) - 1) // MAX_ANSWERS]
+                answers += [{"step": self.step, "set": name, "of": len(rows), **row} for row in shown]
+            self.report(answers)
         return score
+
+    def _protocol(self, samples: Sequence[Sample]) -> Protocol:
+        """What an evaluation set is evaluated under."""
+        config = self.config
+        file = config.files[samples[0].file]
+        return Protocol(
+            template=file.template,
+            measure=file.measure,
+            max_completion_tokens=config.max_completion_tokens,
+            batch_size=config.eval_batch_size,
+            box_space=config.box_space,
+            reward_seconds=getattr(config, "reward_seconds", 0.0),
+            seed=config.seed,
+        )
 
     def report(self, answers: Sequence[dict] = ()) -> None:
         """Writes the answers of an evaluation to answers.jsonl, in place of the last ones, and then the page."""
@@ -215,7 +225,7 @@ class Run:
         samples = all_gather([prompt.sample.id for prompt in prompts], self.world)
         row = {name: self.figures[name] for name in ("loss", "grad_norm", "skipped_updates")}
         if self.world.first:
-            tqdm.write(f"warning: step {self.step} has a loss or gradient that is not finite: no update, see {path}")
+            say(f"warning: step {self.step} has a loss or gradient that is not finite: no update, see {path}")
             append_rows(path, [{"step": self.step, **row, "samples": samples}])
         in_a_row = list(itertools.takewhile(lambda figures: figures["skipped_updates"], reversed(self.recent)))
         if len(in_a_row) >= self.config.max_bad_steps:
@@ -226,17 +236,26 @@ class Run:
             )
 
     def _say_goodbye(self) -> None:
-        self.report()
-        best, score = self.keeper.best_step, self.keeper.best
+        """Prints the evaluations, the time, where everything is, and what to do next; the page stands last."""
+        log, out, best, score = self.log, self.out, self.keeper.best_step, self.keeper.best
+        with log.terminal.aside_from_steps("report"):
+            self.report()
+        log.terminal.close()
+        if table := score_table(read_evaluations(out)):
+            log.say("\n".join(["", *table, ""]))
+        log.say(f"time: {time_line(log.terminal)}")
         if best is not None:
-            self.log.say(f"best: step {best}, score {score:.4f}: {self.out / 'best'}")
+            log.say(f"best: step {best}, score {score:.4f}: {out / 'best'}")
         elif score is not None:
-            self.log.say(f"no checkpoint beats the model that the run began with, which scores {score:.4f}")
-        self.log.say(f"checkpoints: {self.keeper.directory}")
-        if self.config.report:
-            self.log.say(f"a page to look at: {self.out / 'report.html'}")
+            log.say(f"no checkpoint beats the model that the run began with, which scores {score:.4f}")
+        log.say(f"checkpoints: {self.keeper.directory}")
+        model = out / "best" if best is not None else self.keeper.newest()
+        log.say(f"to evaluate: {evaluate_command(self.config, model)}", whole=True)
         if self.stopped:
-            self.log.say(f"stopped after step {self.step} of {self.num_steps}; to continue: {resume_command(self.out)}")
+            told = f"stopped after step {self.step} of {self.num_steps}; to continue: {resume_command(out)}"
+            log.say(told, whole=True)
+        if self.config.report:
+            log.say(f"a page to look at: {out / 'report.html'}", whole=True)
 
     @property
     def exit_code(self) -> int:
@@ -255,6 +274,16 @@ def resume_command(out: Path) -> str:
     return f"python {script} --resume {shlex.quote(str(out))}"
 
 
+def evaluate_command(config: RunConfig, model: str | Path) -> str:
+    """The command line that evaluates a model on the evaluation files of the run."""
+    words = ["python", "eval.py", "--model", str(model)]
+    files = ["--mix", config.mix] if config.mix else ["--data", *(config.eval_data or ["FILE"])]
+    words += map(short_path, files)
+    words += ["--image_root", short_path(config.image_root)] if config.image_root else []
+    words += ["--allow_outside_root"] if config.allow_outside_root else []
+    return shlex.join(words)
+
+
 def total_steps(config: RunConfig, num_samples: int) -> int:
     """--steps, or the steps that --epochs come to."""
     steps = config.steps or math.ceil(config.epochs * num_samples / config.prompts_per_step)
@@ -268,7 +297,7 @@ def say_overrides(samples: Sequence[Sample], config: RunConfig) -> None:
     methods = Counter(sample.reward for sample in samples if sample.reward)
     if methods:
         told = ", ".join(f"{method} ({count:,})" for method, count in methods.most_common())
-        tqdm.write(
+        say(
             f"{methods.total():,} of {len(samples):,} samples name their own accuracy reward: {told}. It replaces "
             "the first reward of its file"
         )
@@ -286,6 +315,8 @@ def start_run(config: RunConfig) -> Iterator[Run]:
     """Checks the data, loads the model, restores a checkpoint if the run is resumed; yields the run."""
     began, dtype = time.monotonic(), compute_dtype(config.dtype)
     GRAPHS.usable = config.cuda_graphs == "auto"
+    if not in_terminal():
+        hide_library_bars()
     with process_group(bf16=dtype == torch.bfloat16, shard_within_node=config.shard_within_node) as world:
         out = open_run(config, world)
         data = load_run_samples(config, world)
@@ -297,17 +328,24 @@ def start_run(config: RunConfig) -> Iterator[Run]:
             say_overrides(samples, config)
         second = getattr(config, "needs_reference_model", False)
         world = replace(world, draw_sharded=must_draw_sharded(config, policy, world, reference=second))
-        reference = load_reference(config, world) if second else None
+        every = getattr(config, "ref_every", 0)
+        reference = load_reference(config, world) if second and not every else None
+        following = FollowingReference(policy, every, dtype) if every else None
         optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
         if tower_is_frozen(policy):
             with drawing(policy, world):
                 blank = replace(blank, inputs=see_images(policy, blank))
         packaging = Packaging(config.model, dtype, (config.min_pixels, config.max_pixels), evaluation_settings(config))
+        packaging = replace(packaging, reference=following.values) if following else packaging
         files = [[file.template, list(file.rewards), list(file.weights), file.share] for file in config.files]
         origin = {"num_samples": len(samples), "model": model_fingerprint(config.model), "files": files}
         keeper = CheckpointKeeper(out, policy, optimizers, config, world, packaging, origin)
         step = keeper.resume() if config.resume else 0
-        log = RunLog(out, config, world, step)
+        if following and step:
+            load_reference_values(keeper.directory / f"step-{step:06d}", policy, following.values, world)
+        log = RunLog(out, config, world, step, num_steps)
+        sizes = [sum(p.numel() for p in group) for group in (dict(trainable(policy)).values(), policy.parameters())]
+        log.say("\n".join(header(config, out, len(samples), sizes, num_steps)))
         run = Run(
             config=config,
             world=world,
@@ -315,6 +353,7 @@ def start_run(config: RunConfig) -> Iterator[Run]:
             policy=policy,
             processor=processor,
             reference=reference,
+            following=following,
             optimizers=optimizers,
             feed=PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl", step),
             eval_sets=data.eval_sets,
@@ -327,8 +366,11 @@ def start_run(config: RunConfig) -> Iterator[Run]:
             banned_ids=banned_token_ids(policy, processor),
             blank=blank,
         )
+        hide_library_bars()  # a save would draw one
         try:
             yield run
         except torch.OutOfMemoryError as error:
             tokens = run.budget.tokens
             raise ValueError(out_of_memory(policy, world, config, reference=second, tokens=tokens)) from error
+        finally:
+            log.terminal.close()  # an error is told on a line of its own

@@ -12,17 +12,22 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
-from tqdm import tqdm
 
+from data import BadSample
 from infra.checkpoint import write_text_safely
 from infra.config import RunConfig
 from infra.parallel import World, all_gather, barrier
+from infra.pictures import draw_group
+from infra.report_data import read_evaluations
+from infra.terminal import Terminal, say
 
 MAX_COMPLETIONS_BYTES = 64_000_000  # a longer completions.jsonl becomes completions.1.jsonl and starts again
 LOGS = (
-    "metrics.jsonl", "completions.jsonl", "completions.1.jsonl", "eval.jsonl", "bad_samples.jsonl", "bad_steps.jsonl"
+    "metrics.jsonl", "completions.jsonl", "completions.1.jsonl", "eval.jsonl", "answers.jsonl", "bad_samples.jsonl",
+    "bad_steps.jsonl"
 )  # fmt: skip
 
 
@@ -48,21 +53,23 @@ def open_run(config: RunConfig, world: World) -> Path:
 class RunLog:
     """The files of a run, and tensorboard and wandb if asked for. Only rank 0 writes."""
 
-    def __init__(self, out: Path, config: RunConfig, world: World, start_step: int):
-        self.out, self.first = out, world.first
+    def __init__(self, out: Path, config: RunConfig, world: World, start_step: int, num_steps: int):
+        self.out, self.first, self.log_images = out, world.first, getattr(config, "log_images", False)
+        self.terminal = Terminal(config, first=self.first)
         self.tensorboard = self.wandb = None
         self.waiting: dict[Path, list[dict]] = {}  # rows that a full disk did not take
         if self.first:
-            self.say(f"writing to {out}")
             # Written only now: a resume that is refused leaves the options of the run alone.
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
             about = {"options": asdict(config), "files": list(map(asdict, config.files)), "versions": versions}
+            about["num_steps"] = num_steps
             write_text_safely(out / "config.json", json.dumps(about, indent=1))
             for name in LOGS:
                 _drop_after(out / name, start_step)  # a resumed run repeats what came after its checkpoint
             newer, older = out / "completions.jsonl", out / "completions.1.jsonl"
             if older.exists() and not newer.stat().st_size:  # the file was replaced after the checkpoint
                 older.replace(newer)
+            self.terminal.restore(read_evaluations(out))
             self._open_boards(config, start_step)
         barrier(world)  # other ranks read some of these files
 
@@ -78,21 +85,21 @@ class RunLog:
 
             self.wandb = wandb.init(project="nano-vlm-r1", name=self.out.name, config=asdict(config), dir=str(self.out))
 
-    def say(self, text: str) -> None:
-        """Prints a line above the progress bar."""
+    def say(self, text: str, *, whole: bool = False) -> None:
+        """Prints a text above the progress bar."""
         if self.first:
-            tqdm.write(text)
+            say(text, whole=whole)
 
     def show(self, step: int, title: str, text: str) -> None:
         """Prints a text, and sends it to tensorboard if that is on."""
-        self.say(f"---- {title}\n{text}\n----")
+        self.say(f"---- {title}\n{text}\n----", whole=True)
         if self.tensorboard:
             self.tensorboard.add_text(title, text, step)
 
     def metrics(self, step: int, figures: dict[str, float]) -> None:
-        """Prints a step's figures on a line and appends them to metrics.jsonl."""
-        self.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        """Appends a step's figures to metrics.jsonl and shows the first ones."""
         self.write("metrics.jsonl", step, figures)
+        self.terminal.end_step(step, figures)
 
     def write(self, name: str, step: int, figures: dict) -> None:
         """Appends {"step": ..., **figures} to a file of the run."""
@@ -110,6 +117,22 @@ class RunLog:
                 self.tensorboard.add_scalar(key, value, step)
         if self.wandb:
             self.wandb.log(numbers, step=step)
+        if name == "completions.jsonl" and self.log_images:
+            self._send_picture(step, figures)
+
+    def _send_picture(self, step: int, group: dict) -> None:
+        """Sends a group of completions to the boards as an image."""
+        try:
+            picture = draw_group(group)
+        except BadSample as error:
+            self.say(f"warning: step {step}: no picture of the group: {error}")
+            return
+        if self.tensorboard:
+            self.tensorboard.add_image("group", np.asarray(picture), step, dataformats="HWC")
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({"group": wandb.Image(picture, caption=group["question"])}, step=step)
 
 
 def append_rows(path: Path, rows: Sequence[dict]) -> bool:
@@ -126,7 +149,7 @@ def append_rows(path: Path, rows: Sequence[dict]) -> bool:
     finally:
         os.close(number)
     if reason:
-        tqdm.write(f"warning: {len(rows)} line(s) wait to be written to {path}: {reason}")
+        say(f"warning: {len(rows)} line(s) wait to be written to {path}: {reason}")
     return not reason
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -132,16 +132,19 @@ def row_layout(
             spans.append((place, length))
             place += length
         groups.append(Group(first, middle, place))
-    # One long answer would pad all short ones to its length, so a batch spans lengths from a power of 2 to the next.
-    similar = defaultdict(list)
-    for start, length in spans:
-        if length:
-            similar[length.bit_length()].append((start, length))
-    batches = [_batch(similar[size], device) for size in sorted(similar)]
     no_place = torch.empty(0, dtype=torch.long)  # a row of prompts alone has no completion to concatenate
     places = torch.cat([no_place, *(torch.arange(start, start + length) for start, length in spans)])
     numbers = torch.repeat_interleave(torch.tensor([length for _, length in spans], dtype=torch.long))
-    return RowLayout(groups, _to_device(places, device), _to_device(numbers, device), batches)
+    return RowLayout(groups, _to_device(places, device), _to_device(numbers, device), similar_batches(spans, device))
+
+
+def similar_batches(spans: Sequence[tuple[int, int]], device: torch.device) -> list[Batch]:
+    """Spans (place, length) of a row as batches: one long answer would pad all short ones to its length."""
+    similar = defaultdict(list)
+    for start, length in spans:
+        if length:
+            similar[length.bit_length()].append((start, length))  # from a power of 2 to the next
+    return [_batch(similar[size], device) for size in sorted(similar)]
 
 
 def _batch(spans: list[tuple[int, int]], device: torch.device) -> Batch:
@@ -277,15 +280,21 @@ class GroupCache:
     on a number that the host knows, and a CUDA graph of one token serves all until `keep` or `reserve` is called.
     """
 
-    def __init__(self, prompts: list[tuple[Tensor, Tensor]], sizes: Sequence[int], group_size: int):
-        """`prompts`: keys and values [B, K, P, D] of each layer, padded at the end; `sizes`: tokens of each prompt."""
-        self.prompts = prompts
-        self.sizes = torch.tensor(sizes, device=prompts[0][0].device)
+    def __init__(
+        self,
+        prompts: dict[int, tuple[Tensor, Tensor]],  # keys and values [B, K, P, D] by layer, padded at the end
+        sizes: Sequence[int],  # tokens of each prompt
+        group_size: int,
+        linear: Any = None,  # what layers without keys carry; `keep` is passed on to it
+    ):
+        self.prompts, self.linear = prompts, linear
+        self.any_layer = min(prompts)  # of a hybrid model, the first one may have no keys
+        self.sizes = torch.tensor(sizes, device=prompts[self.any_layer][0].device)
         self.length = torch.zeros_like(self.sizes[:1])  # [1] how many tokens of its own every sequence has
-        self.own = [
-            [states.new_empty(len(sizes) * group_size, states.shape[1], 0, states.shape[3]) for states in layer]
-            for layer in prompts
-        ]
+        self.own = {
+            number: [states.new_empty(len(sizes) * group_size, states.shape[1], 0, states.shape[3]) for states in layer]
+            for number, layer in prompts.items()
+        }
         self.room = 0  # the tokens of its own that a sequence may come to have
         self._place([number for number in range(len(sizes)) for _ in range(group_size)])
 
@@ -305,7 +314,7 @@ class GroupCache:
             self.row_of_slot = torch.tensor(
                 [rows.get(n, 0) for n in range(len(self.sizes) * self.width)], device=device
             )
-        padding = torch.arange(self.prompts[0][0].shape[2], device=device) >= self.sizes[prompt_of, None]
+        padding = torch.arange(self.prompts[self.any_layer][0].shape[2], device=device) >= self.sizes[prompt_of, None]
         self.prompt_mask = torch.zeros_like(padding, dtype=torch.float32).masked_fill(padding, -torch.inf)[
             :, None, None
         ]
@@ -313,21 +322,23 @@ class GroupCache:
     def reserve(self, room: int) -> None:
         """Makes room for this many own tokens of every sequence. The buffers at least double if they grow."""
         self.room = room
-        size = self.own[0][0].shape[2]
+        size = self.own[self.any_layer][0].shape[2]
         if room > size:
-            for layer in self.own:
+            for layer in self.own.values():
                 layer[:] = (F.pad(states, (0, 0, 0, max(64, size, room - size))) for states in layer)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drops all sequences but these, and every prompt that no sequence continues."""
         index = torch.tensor(rows, device=self.sizes.device)
-        for layer in self.own:
+        for layer in self.own.values():
             layer[:] = (states[index] for states in layer)
+        if self.linear is not None:
+            self.linear.keep(index)
         prompt_of = [self.prompt_of[row] for row in rows]
         alive = sorted(set(prompt_of))
         if len(alive) < len(self.sizes):
             self.sizes = self.sizes[alive]
-            self.prompts = [tuple(states[alive] for states in layer) for layer in self.prompts]
+            self.prompts = {number: tuple(part[alive] for part in layer) for number, layer in self.prompts.items()}
         self._place([alive.index(number) for number in prompt_of])
 
     def begin(self) -> None:

@@ -31,14 +31,21 @@ FAMILIES = {
     "qwen2_5_vl": Family("pixels", "model.visual", "model.visual.blocks"),
     "qwen3_vl": Family("thousand", "model.visual", "model.visual.blocks"),
     "qwen3_vl_moe": Family("thousand", "model.visual", "model.visual.blocks"),
+    "qwen3_5": Family("thousand", "model.visual", "model.visual.blocks"),
+    "qwen3_5_moe": Family("thousand", "model.visual", "model.visual.blocks"),
     "internvl": Family(
         "thousand", "model.vision_tower", "model.vision_tower.encoder.layer", "model.multi_modal_projector"
     ),
     "glm4v": Family("thousand", "model.visual", "model.visual.blocks", frames=2),
+    "glm4v_moe": Family("thousand", "model.visual", "model.visual.blocks", frames=2),
+    "glm46v": Family("thousand", "model.visual", "model.visual.blocks", frames=2),
 }
 REFUSED = {
     "gemma3": "image tokens see each other both ways and some layers see a window only, but a packed row is causal",
     "paligemma": "the prompt sees itself both ways, but a packed row is causal",
+    "mistral3": "its processor pads the images of a prompt to one size, so pixels of several prompts cannot be joined",
+    "ovis2": "each forward puts trained indicator tokens around the images, which image features alone do not hold",
+    "smolvlm": "its processor needs torchvision and num2words, and prompts of different tile counts cannot be joined",
     "internvl_chat": "the checkpoint brings its own code; take the one converted for transformers, named ...-hf",
 }
 

@@ -7,6 +7,8 @@ Shapes: B prompts, G completions per prompt, P prompt tokens, S tokens of a pack
 A position axes (3 in Qwen's and GLM's rotary embedding, 1 elsewhere).
 """
 
+import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +17,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from model import attention
 from model.attention import RowLayout, attend_row, no_mask, row_layout
+from model.linear_attention import delta_nets, recur_row, shares_states, state_layout
 
 # These tensors of a prompt describe its tokens and are rebuilt for a row; all others (pixels, grids) are joined.
 TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
@@ -109,17 +113,72 @@ def _joined(parts: Sequence) -> Tensor | tuple:  # a family gives one tensor or 
 
 
 def row_attention(model: nn.Module, layout: RowLayout) -> dict:
-    """The forward arguments of a row's attention: in parts, or by the dense mask where the model's is plain sdpa."""
+    """The forward arguments that keep a row's completions apart, in attention and in layers that carry a state.
+
+    Attention is computed in parts, or by the dense mask where the model's is plain sdpa.
+    """
+    arguments = {"recur": partial(recur_row, state_layout(layout))} if shares_states(model) else {}
     if model.config.get_text_config()._attn_implementation == attention.NAME:
-        return {"attend": partial(attend_row, layout), "attention_mask": no_mask(layout.places.device)}
-    return {"attention_mask": layout.mask}
+        return arguments | {"attend": partial(attend_row, layout), "attention_mask": no_mask(layout.places.device)}
+    return arguments | {"attention_mask": layout.mask}
 
 
 def require_mask_support(model: nn.Module) -> None:
-    """Refuses attention kernels that read the row's boolean mask wrongly, or not at all."""
-    kernel = model.config.get_text_config()._attn_implementation
+    """Refuses a model that a packed row would score wrongly, for its attention, its layers or its head."""
+    text = model.config.get_text_config()
+    kernel = text._attn_implementation
     if kernel not in ("sdpa", attention.NAME):  # eager adds True as +1, flash ignores a 4-D mask: wrong without error
         raise ValueError(f'attn_implementation is "{kernel}": packed rows need "sdpa"; pass it to from_pretrained')
+    if not isinstance(getattr(model, "model", None), nn.Module):
+        raise ValueError(
+            f"{type(model).__name__} has no decoder named `model`, as GPT-2 has none: take a model that is built like "
+            "Llama or Qwen"
+        )
+    if "position_ids" not in inspect.signature(type(model.model).forward).parameters:
+        raise ValueError(f"{type(model).__name__} takes no position_ids, which each completion of a row counts anew")
+    if reason := layer_problem(text) or state_problem(model) or head_problem(model):
+        raise ValueError(f"{type(model).__name__} {reason}")
+
+
+def layer_problem(text: PreTrainedConfig) -> str:
+    """What keeps the decoder's layers from a packed row, by its config; empty if nothing does."""
+    types = getattr(text, "layer_types", None)
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    if types is None and window:  # Mistral names no types: every layer has the window
+        types = ["sliding_attention"]
+    if unknown := {*(types or [])} - {"full_attention", "linear_attention"}:
+        return (
+            f"has layers of {', '.join(sorted(unknown))}: a packed row is causal without a window, so only "
+            "full_attention and Qwen3.5's linear_attention are supported"
+        )
+    return ""
+
+
+def state_problem(model: nn.Module) -> str:
+    """Why a state would run on from one completion into the next; empty if none does."""
+    if shares_states(model):
+        return ""
+    if delta_nets(model):
+        return "has gated delta nets: call use_shared_states of model/linear_attention.py on the model"
+    types = getattr(model.config.get_text_config(), "layer_types", None) or []
+    if "linear_attention" in types or getattr(model, "_is_stateful", False):
+        return "carries a state from token to token, which would run on from one completion into the next"
+    return ""
+
+
+def head_problem(model: nn.Module) -> str:
+    """What the model does to its logits beyond a product with the head's weight; empty if nothing."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return "has no linear head"
+    if head.bias is not None:
+        return "has a head with a bias: log-probs are computed from a head's weight alone"
+    # logit_scale (Cohere), logits_scaling (Granite), final_logit_softcapping (Gemma 2), lm_head_multiplier (Falcon H1)
+    for name, value in vars(model.config.get_text_config()).items():
+        of_head = re.search("logit|soft_?cap|lm_head", name) and "router" not in name
+        if of_head and type(value) in (int, float) and value != 1:
+            return f"has {name} = {value} in its config: log-probs are computed from plain logits"
+    return ""
 
 
 def plan_rows(

@@ -33,7 +33,9 @@ from model.families import (  # noqa: F401, some for others to import from here
     to_image_box,
     to_model_box,
 )
+from model.linear_attention import use_shared_states
 from model.lora import base_of, is_adapter, load_adapter
+from model.packing import layer_problem
 from model.vision import use_segments
 
 VISION_MARKS = ("<img>", "</img>", "<|begin_of_image|>", "<|end_of_image|>")  # vision tokens that no config names
@@ -85,6 +87,7 @@ def load_model(
         # Never a pickled checkpoint: reading one may run code.
         model = AutoModelForImageTextToText.from_pretrained(name_or_path, use_safetensors=True, **options)
     use_shared_prefix(model)
+    use_shared_states(model)
     use_segments(model.get_submodule(family_of(model.config.model_type).vision_blocks))
     if freeze_vision:
         for name in vision_modules(model):
@@ -112,12 +115,8 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model {name_or_path}: no directory here, and the hub does not give it: {reason}") from error
-    layers = {*(getattr(config.get_text_config(), "layer_types", None) or [])}
-    if layers - {"full_attention"}:
-        raise ValueError(
-            f"model {name_or_path} has layers of {', '.join(sorted(layers))}: a packed row is causal without a window, "
-            "so only full_attention is supported"
-        )
+    if reason := layer_problem(config.get_text_config()):
+        raise ValueError(f"model {name_or_path} {reason}")
     return config
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ from helpers import ALONE, make_completions, relative_difference, set_rank, spaw
 from PIL import Image
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
 import rollout
 import toy
@@ -39,7 +43,10 @@ from model.vlm import (
 )
 from rollout import TOKEN_KEYS, completion_logprobs, sample_completions
 
+# Transformers takes its own tokenizer class for these types, whatever the directory says; ours has another vocabulary.
+MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.difference_update(("qwen3_5", "qwen3_5_moe"))
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}}
+HALF_ROPE = {"rope_parameters": {**ROPE["rope_parameters"], "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}}
 VIT = {"depth": 2, "num_heads": 2, "out_hidden_size": 32}
 QWEN = {
     "mark": "<|vision_start|><|image_pad|><|vision_end|>",
@@ -52,20 +59,39 @@ QWEN3 = QWEN | {
     "images": "Qwen2VLImageProcessorFast",
     "vision": VIT | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
 }
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+QWEN3_5 = QWEN3 | {
+    "text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 0],
+                            "partial_rotary_factor": 0.25},
+        "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "vision": VIT | {"num_position_embeddings": 16},
+}  # fmt: skip
+GLM = {
+    "mark": "<|begin_of_image|><|image|><|end_of_image|>",
+    "tokens": {"image_token_id": "<|image|>", "video_token_id": "<|video|>",
+               "image_start_token_id": "<|begin_of_image|>", "image_end_token_id": "<|end_of_image|>"},
+    "images": "Glm4vImageProcessor",
+    "text": ROPE,
+    "vision": VIT | {"image_size": 32},
+}  # fmt: skip
 # model type -> what its chat template writes for an image, its vision tokens, the image processor that the hub's
 # checkpoints name, and what its text and vision configurations need beyond TEXT and VISION. A new family is an entry.
 CASES = {
     "qwen2_vl": QWEN | {"vision": {"depth": 2, "num_heads": 2, "embed_dim": 32}},
     "qwen2_5_vl": QWEN | {"vision": VIT | {"window_size": 32, "fullatt_block_indexes": [1]}},
     "qwen3_vl": QWEN3,
-    "qwen3_vl_moe": QWEN3 | {"text": ROPE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}},
+    "qwen3_vl_moe": QWEN3 | {"text": ROPE | MIXTURE},
+    "qwen3_5": QWEN3_5,
+    "qwen3_5_moe": QWEN3_5 | {"text": QWEN3_5["text"] | MIXTURE | {"shared_expert_intermediate_size": 24}},
     "internvl": {"mark": "<IMG_CONTEXT>", "tokens": {"image_token_id": "<IMG_CONTEXT>"},
                  "images": "GotOcr2ImageProcessorFast", "text": {"model_type": "qwen2"},
                  "vision": {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": [32, 32]}},
-    "glm4v": {"mark": "<|begin_of_image|><|image|><|end_of_image|>", "images": "Glm4vImageProcessor",
-              "tokens": {"image_token_id": "<|image|>", "video_token_id": "<|video|>",
-                         "image_start_token_id": "<|begin_of_image|>", "image_end_token_id": "<|end_of_image|>"},
-              "text": ROPE, "vision": VIT | {"image_size": 32}},
+    "glm4v": GLM,
+    "glm4v_moe": GLM | {"text": HALF_ROPE | MIXTURE | {"n_routed_experts": 4, "first_k_dense_replace": 1}},
+    "glm46v": GLM | {"images": "Glm46VImageProcessor", "text": HALF_ROPE},
 }  # fmt: skip
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
         "num_key_value_heads": 1, "initializer_range": 0.15, "max_position_embeddings": 4096}  # fmt: skip
@@ -127,6 +153,15 @@ def directory(tmp_path_factory):
 def loaded(family, directory):
     model, processor = load_model(str(directory / family), min_pixels=256, max_pixels=4096)
     return in_double(model), processor
+
+
+@pytest.fixture
+def all_in_double(monkeypatch):
+    """Keeps Hugging Face from casting to fp32, so that a float64 model is one throughout."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    double = SimpleNamespace(**vars(torch) | {"float32": torch.float64, "float": torch.float64})
+    for modeling in (modeling_qwen3_5, modeling_qwen3_5_moe):  # whose recurrence is fp32
+        monkeypatch.setattr(modeling, "torch", double)
 
 
 def in_double(model):
@@ -288,7 +323,7 @@ def difference(model, prompts):
     return (packed - repeated).abs().max(), relative_difference(packed_gradients, repeated_gradients)
 
 
-def test_a_packed_row_scores_as_repeated_rows_do(loaded, samples):
+def test_a_packed_row_scores_as_repeated_rows_do(loaded, samples, all_in_double):
     model, processor = loaded
     logprobs, gradients = difference(model, make_prompts(processor, samples))
     assert logprobs < 1e-6 and gradients < 1e-6  # HF casts norms, rotary angles and routers to fp32
@@ -303,6 +338,14 @@ def test_a_plain_causal_mask_fails_the_comparison(loaded, samples, monkeypatch):
     monkeypatch.setattr(rollout, "row_attention", causal)
     logprobs, gradients = difference(model, make_prompts(processor, samples))
     assert logprobs > 1e-3 and gradients > 1e-3
+
+
+def test_internvl_3_5_whose_decoder_is_qwen3_draws_and_scores_as_the_older_ones(tmp_path, samples, monkeypatch):
+    monkeypatch.setitem(CASES, "internvl", CASES["internvl"] | {"text": {"model_type": "qwen3"}})
+    model, processor = load_model(str(write_checkpoint("internvl", tmp_path)))
+    test_greedy_tokens_are_those_of_generate((in_double(model), processor), samples)
+    logprobs, gradients = difference(model, make_prompts(processor, samples))
+    assert logprobs < 1e-6 and gradients < 1e-6
 
 
 # ---- a step and a checkpoint ---------------------------------------------------------------------------------------
@@ -354,7 +397,9 @@ def test_bf16_draws_and_learns_over_fp32_masters(family, directory, samples):
             )
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert all(logprobs.isfinite().all() for group in drawn[1] for logprobs in group)
-    assert 1e-5 < relative_difference(low, exact) < 0.3  # bf16 was really used
+    # bf16 was really used. Qwen3.5 normalises the small queries and keys of a random model, which amplifies rounding:
+    # repeated rows in bf16 are as far off, by 0.26 (packed: 0.28).
+    assert 1e-5 < relative_difference(low, exact) < (0.5 if family.startswith("qwen3_5") else 0.3)
 
 
 @pytest.mark.parametrize("processes", ["one", "two"])

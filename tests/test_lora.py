@@ -112,24 +112,42 @@ def test_without_an_alpha_adapters_are_scaled_by_two_and_nothing_else_is_trained
 # ---- which layers --------------------------------------------------------------------------------------------------
 
 
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}  # Qwen3.5
+TEXTS = {"internvl": {"model_type": "qwen2"}, "qwen3_5": HYBRID, "qwen3_5_moe": HYBRID}
+ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
+LINEAR = [f"linear_attn.{name}" for name in ("out_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+EXPERT = [*(f"shared_expert.{name}" for name in MLP), "shared_expert_gate"]
+# The linear layers of the first and of the second MLP where they are not those above; other experts are none.
+MLPS = {
+    "glm4v": (["gate_up_proj", "down_proj"],) * 2,
+    "glm46v": (["gate_up_proj", "down_proj"],) * 2,
+    "glm4v_moe": (MLP, [f"shared_experts.{name}" for name in MLP]),
+    "qwen3_vl_moe": ([], []),
+    "qwen3_5_moe": (EXPERT, EXPERT),
+}
+
+
 def tiny(model_type):
-    text = {"num_hidden_layers": 2, **({"model_type": "qwen2"} if model_type == "internvl" else {})}
+    text = {"num_hidden_layers": 2, **TEXTS.get(model_type, {})}
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(CONFIG_MAPPING[model_type](text_config=text))
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_adapters_go_on_every_projection_of_the_decoder_and_nowhere_else(model_type):
-    experts = {"glm4v": ["gate_up_proj", "down_proj"], "qwen3_vl_moe": []}  # whose experts are no linear layers
-    mlp = experts.get(model_type, ["gate_proj", "up_proj", "down_proj"])
-    parts = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}" for name in mlp]
-    model = tiny(model_type)
-    assert choose_layers(model) == [f"model.language_model.layers.{n}.{part}" for n in (0, 1) for part in parts]
-    if mlp:
-        assert choose_layers(model, ["down_proj"]) == [f"model.language_model.layers.{n}.mlp.down_proj" for n in (0, 1)]
-    assert choose_layers(model, ["v_proj", "q_proj"]) == [
-        f"model.language_model.layers.{n}.self_attn.{name}_proj" for n in (0, 1) for name in "qv"
+    first = LINEAR if TEXTS.get(model_type) == HYBRID else ATTENTION
+    parts = [
+        f"model.language_model.layers.{number}.{part}"
+        for number, (mixer, mlp) in enumerate(zip((first, ATTENTION), MLPS.get(model_type, (MLP, MLP)), strict=True))
+        for part in (*mixer, *(f"mlp.{name}" for name in mlp))
     ]
+    model = tiny(model_type)
+    assert choose_layers(model) == parts
+    for targets in (["v_proj", "q_proj"], ["down_proj"], ["in_proj_qkv", "in_proj_a"]):
+        named = [part for part in parts if part.endswith(tuple(f".{target}" for target in targets))]
+        if named:
+            assert choose_layers(model, targets) == named
 
 
 def test_a_target_is_a_whole_name_and_a_plain_language_models_decoder_is_found():
@@ -243,11 +261,10 @@ def small(model_type):
     """A random model of the family, small enough to compute with."""
     text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 99}  # fmt: skip
-    text |= (
-        {"model_type": "qwen2"}
-        if model_type == "internvl"
-        else {"rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [1, 1, 2]}}
-    )
+    text |= TEXTS.get(model_type, {})
+    if model_type != "internvl":
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [1, 1, 2],
+                                   "partial_rotary_factor": 1.0}  # fmt: skip
     vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 32,
               "num_hidden_layers": 2, "num_attention_heads": 2, "deepstack_visual_indexes": [0]}  # fmt: skip
     if model_type == "qwen2_vl":

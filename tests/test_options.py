@@ -65,6 +65,24 @@ def test_the_toys_preset_is_a_supported_run_of_each_command(command):
     assert config.model == str(toy.MODEL)
 
 
+def test_lora_brings_ten_times_the_rate_and_all_that_is_given_wins():
+    config = parse("--lora_rank", "64")
+    assert (config.learning_rate, config.lora_alpha, config.lora_targets) == (1e-5, 0, [])  # alpha 0 is twice the rank
+    assert parse().learning_rate == parse("--lora_rank", "0").learning_rate == 1e-6
+    assert parse("--lora_rank", "64", "--learning_rate", "3e-6").learning_rate == 3e-6
+    words = ["--model", "m", "--data", "d.jsonl", "--lora_rank", "8"]
+    assert parse_options(SftConfig, words).learning_rate == 1e-4
+    toys = parse_options(TrainConfig, ["--lora_rank", "8"], preset=toy.PRESETS["train"])
+    assert toys.learning_rate == toy.PRESETS["train"]["learning_rate"]  # the toy's options outrank the recipe
+
+
+def test_a_resumed_run_of_lora_keeps_its_rate(tmp_path):
+    for argv in (["--lora_rank", "8", "--learning_rate", "2e-6"], ["--lora_rank", "8"]):
+        (tmp_path / "config.json").write_text(json.dumps({"options": asdict(parse(*argv))}))
+        resumed = parse_options(TrainConfig, ["--resume", str(tmp_path), "--lora_rank", "8"])
+        assert resumed.learning_rate == parse(*argv).learning_rate
+
+
 def test_dr_grpo_does_not_divide_by_the_deviation_unless_told_to():
     assert parse().divides_by_deviation and not parse("--variant", "dr_grpo").divides_by_deviation
     assert parse("--variant", "dr_grpo", "--scale_advantages").divides_by_deviation
@@ -120,6 +138,10 @@ def test_every_option_is_in_help_once_in_a_group_with_a_sentence(config_class):
         ("--reward_weights nan 1", "weights are [nan, 1.0]: finite numbers are expected"),
         ("--beta -1", "beta is -1"),
         ("--num_iterations 0", "num_iterations is 0"),
+        ("--advantages gdpo --scale_advantages False", "scale_advantages is False beside advantages gdpo"),
+        ("--ref_every 5 --beta 0", "ref_every is 5 and beta is 0: without a penalty there is no reference"),
+        ("--refill always", "argument --refill: invalid choice: 'always'"),
+        ("--refill_rounds 0", "refill_rounds is 0"),
         ("--steps 5 --warmup_steps 5", "warmup_steps 5 leaves no step of 5"),
         ("--steps 0 --epochs 0", "how long to train"),
         ("--max_pixels 100", "is below min_pixels"),
@@ -224,7 +246,8 @@ OTHER_VALUES = {bool: "True", int: "7", float: "0.5", str: "other", list: "other
 @pytest.mark.parametrize("name", sorted(entry.name for entry in fields(TrainConfig)))
 def test_an_option_may_differ_on_resume_if_and_only_if_it_is_listed(run, name):
     choices = {"optimizer": "muon", "schedule": "cosine", "variant": "dapo", "dtype": "bf16", "box_space": "pixels",
-               "on_reward_error": "zero", "template": "base", "reward_weights": "3", "rewards": "format",
+               "on_reward_error": "zero", "advantages": "gdpo", "refill": "rewards",
+               "template": "base", "reward_weights": "3", "rewards": "format",
                "scale_advantages": "False", "clip_low": "0.5", "lora_dropout": "0.5", "lora_targets": "q_proj",
                "resume": str(run), "max_pixels": "9000", "freeze_vision": "True"}  # fmt: skip
     kind = type(getattr(parse(), name))

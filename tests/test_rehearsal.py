@@ -94,10 +94,9 @@ def test_a_step_asks_the_host_for_values_in_these_places_only(rehearsed):
     assert by_function(parts["score"].syncs) == {"infra/rows.py _row": 2, "train.py groups_that_teach": 1}
     assert by_function(parts["learn"].syncs) == {"infra/optim.py clip_gradients": 1, "train.py train_step": 1}
     assert by_function(parts["figures"].syncs) == {
-        "infra/figures.py group_figures": 6,  # one for each completion
-        "train.py learning_figures": 5,
-        "train.py drift_figures": 4,
-        "train.py rollout_figures": 2,
+        "infra/rows.py on_host": 1,  # all completions at once
+        "train.py rollout_figures": 1,
+        "train.py learning_figures": 1,
     }
 
 

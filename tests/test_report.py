@@ -194,6 +194,34 @@ def test_two_runs_share_their_axes(tmp_path):
     assert data["range"] == [1, 9] and [len(line) for line in data["lines"]] == [3, 9]
 
 
+def test_two_runs_show_their_groups_and_answers_one_after_the_other(tmp_path):
+    runs = [
+        write_run(tmp_path / name, groups=[group_of(id=f"group {name}")], answers=[answer_of(id=f"answer {name}")])
+        for name in "AB"
+    ]
+    told = write_report(runs).read_text()
+    heads = ["Groups of A", "group A", "Groups of B", "group B", "Evaluation of A", "answer A", "Evaluation of B"]
+    places = [told.index(head) for head in [*heads, "answer B"]]
+    assert places == sorted(places) and told.count("<img ") == 4
+    alone = write_report(runs[:1]).read_text()
+    assert "<h2>Groups</h2>" in alone and "group B" not in alone
+
+
+def test_a_figure_that_some_steps_lack_is_drawn_from_the_others(tmp_path):
+    out = write_run(tmp_path / "run")
+    append_rows(out / "metrics.jsonl", [{"step": 3, "reward": 1.0, "entropy": 0.5}, {"step": 4}, {"step": 5}])
+    data = write_report([out]).read_text().partition(">Entropy ")[2].partition('json">')[2].partition("<")[0]
+    assert json.loads(data)["lines"] == [[[3.0, 0.5]]]
+
+
+@pytest.mark.parametrize("num_steps, state", [(2, "step 2 of 2, finished"), (3, "step 2 of 3, not finished")])
+def test_a_run_by_epochs_is_finished_after_the_steps_that_they_come_to(tmp_path, num_steps, state):
+    out = write_run(tmp_path / "run", options={"steps": 0, "epochs": 1.0})
+    about = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**about, "num_steps": num_steps}))
+    assert state in write_report([out]).read_text()
+
+
 # ---- curves --------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from data import Sample
 from infra import parallel
 from infra.run import Run
 from infra.runlog import append_rows, read_rows
+from infra.terminal import Terminal
 from model.vlm import Prompt
 
 # ---- updates that are skipped --------------------------------------------------------------------------------------
@@ -56,7 +57,10 @@ def stepping_run(out, step, **changes):
     run = make_run(*make_model(), ALONE, [], out=out, **changes)
     run.step, run.num_steps = step, 100
     run.keeper = SimpleNamespace(newest=lambda: "step-000003", after_step=lambda *a, **o: None)
-    run.log = SimpleNamespace(metrics=lambda step, figures: append_rows(out / "metrics.jsonl", [figures]))
+    run.log = SimpleNamespace(
+        metrics=lambda step, figures: append_rows(out / "metrics.jsonl", [figures]),
+        terminal=Terminal(run.config, first=False),
+    )
     run.feed = SimpleNamespace(figures=dict)
     run.stop = SimpleNamespace(agreed=lambda world: False)
     return run

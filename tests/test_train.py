@@ -222,7 +222,7 @@ def gradients_of(model, processor, rollout, **changes):
     return recorder.gradients, figures
 
 
-@pytest.mark.parametrize("variant", ["grpo", "dapo", "dr_grpo", "gspo"])
+@pytest.mark.parametrize("variant", ["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo"])
 def test_groups_of_equal_rewards_are_left_out_and_the_gradient_is_the_same(variant, monkeypatch):
     model, processor = make_model()
     rollout = equal_rewards(make_rollout(model, processor, ALONE), [0, 2])
@@ -244,7 +244,72 @@ def test_a_step_that_teaches_nothing_runs_nothing_and_has_a_gradient_of_zero(mon
     gradients, figures = gradients_of(model, processor, rollout)
     assert set(gradients) == {name for name, _ in model.named_parameters()}
     assert all((gradient == 0).all() for gradient in gradients.values())  # zero, not none: moments decay as they would
-    assert figures["loss"] == figures["entropy"] == figures["grad_norm"] == 0
+    assert figures["loss"] == figures["grad_norm"] == 0
+    assert not {"entropy", "draw_gap", "draw_gap_max"} & figures.keys()  # of no token: absent, not 0
+
+
+@pytest.mark.parametrize("variant", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_truncated_completions_are_masked_in_the_loss_its_denominators_and_its_figures(variant, beta, monkeypatch):
+    """Against the loss over all completions at once in which their tokens are masked, as TRL does: they still count."""
+    model, processor = make_model()
+    reference, _ = make_model(seed=4)
+    rollout = make_rollout(model, processor, ALONE)
+    completions = [[ids.clone() for ids in group] for group in rollout.completions]
+    ended = [[(number + index) % 3 != 0 for index in range(GROUP)] for number in range(4)]
+    ended[2] = [False] * GROUP  # a group of which nothing is left
+    for group, ends in zip(completions, ended, strict=True):
+        for ids, end in zip(group, ends, strict=True):
+            ids[-1] = 2 if end else 11
+    rollout = replace(rollout, completions=completions)
+    recorder = Recorder(model)
+    run = make_run(model, processor, ALONE, [recorder], reference=reference, beta=beta, variant=variant,
+                   mask_truncated=True, row_tokens=60)  # fmt: skip
+    run.eos_ids = [2]
+    figures = learn(run, rollout)
+
+    logprobs = stack_groups(repeated_logprobs(model, rollout.prompts, completions))
+    ref_logprobs = stack_groups(repeated_logprobs(reference, rollout.prompts, completions)).detach() if beta else None
+    lengths = torch.tensor([len(ids) for group in completions for ids in group])
+    mask = torch.arange(logprobs.shape[1]) < lengths[:, None]
+    mask = mask & torch.tensor(ended).flatten()[:, None]
+    advantages = group_advantages(rollout.totals, GROUP, scale=variant != "dr_grpo")
+    loss, expected = grpo_loss(
+        logprobs, logprobs.detach(), ref_logprobs, advantages, mask, beta=beta,
+        variant=variant, max_completion_tokens=CONFIG.max_completion_tokens,
+    )  # fmt: skip
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, parameters)
+    largest = max(gradient.abs().max() for gradient in gradients)
+    for name, gradient in zip(names, gradients, strict=True):
+        assert (recorder.gradients[name] - gradient).abs().max() < 1e-5 * largest, name
+    assert figures["loss"] == pytest.approx(loss.item(), abs=1e-6)
+    assert figures["kl"] == pytest.approx(float(expected["kl"]), rel=1e-4, abs=1e-9)
+    assert figures["draw_gap"] == pytest.approx(logprobs[mask].abs().mean().item(), rel=1e-5)  # it drew zeros
+    assert figures["truncated"] == pytest.approx(1 - sum(map(sum, ended)) / 12)  # what was drawn is told as it is
+    assert figures["completion_tokens"] == pytest.approx(float(lengths.float().mean()))
+
+
+def test_a_step_of_truncated_completions_alone_has_a_gradient_of_zero():
+    model, processor = make_model()
+    gradients, figures = gradients_of(model, processor, make_rollout(model, processor, ALONE), mask_truncated=True)
+    assert all((gradient == 0).all() for gradient in gradients.values())
+    assert figures["loss"] == figures["grad_norm"] == 0 and "entropy" not in figures and figures["truncated"] == 1
+
+
+def test_under_gdpo_a_step_learns_from_each_reward_of_each_file_by_its_weight(tmp_path):
+    mix = [
+        {"file": "rec.jsonl", "rewards": ["iou", "format"], "weights": [3, 0.5]},
+        {"file": "math.jsonl", "rewards": ["math"], "weights": [0.25]},
+    ]
+    (tmp_path / "mix.json").write_text(json.dumps(mix))
+    texts = ["7", "8", BOX, "<answer>[0, 0, 10, 5]</answer>"]
+    changes = {"data": "", "mix": str(tmp_path / "mix.json"), "advantages": "gdpo", "prompts_per_step": 2}
+    rollout = paid([prompt_of("7", file=1), prompt_of()], texts, **changes)
+    found = train.step_advantages(payer(texts, **changes), rollout)
+    one = [0.5 / (0.5**0.5 + 1e-4), 0.25 / (0.125**0.5 + 1e-4)]  # 0 against 1; an IoU of 0.5 against 1
+    sums = torch.tensor([0.25 * one[0], -0.25 * one[0], *[sign * (3 * one[1] + 0.5 * one[0]) for sign in (1, -1)]])
+    torch.testing.assert_close(found, sums / (sums.std() + 1e-4))
 
 
 def drawing_run(model, processor, **changes):

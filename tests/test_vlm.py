@@ -162,7 +162,15 @@ def edited(checkpoint, directory, change):
 
 @pytest.mark.parametrize(
     "model_type, reason",
-    [("gemma3", "both ways"), ("paligemma", "both ways"), ("internvl_chat", "-hf"), ("llava", "one of qwen2_vl")],
+    [
+        ("gemma3", "both ways"),
+        ("paligemma", "both ways"),
+        ("mistral3", "cannot be joined"),
+        ("ovis2", "indicator tokens"),
+        ("smolvlm", "num2words"),
+        ("internvl_chat", "-hf"),
+        ("llava", "one of qwen2_vl"),
+    ],
 )
 def test_a_family_that_a_packed_row_would_score_wrongly_is_refused_with_the_reason(
     checkpoint, tmp_path, model_type, reason

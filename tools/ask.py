@@ -16,22 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import nn
 from transformers import ProcessorMixin
 
 from data import BadSample, Sample, load_image
 from infra.config import EvalConfig
 from infra.parallel import compute_dtype
+from infra.pictures import draw_marks
 from infra.protocol import Target, settle
 from infra.report import Thumbnails
 from infra.report_data import is_listed, read_marks
 from infra.report_page import Mark, escaped, page
+from infra.terminal import hide_library_bars, in_terminal
 from model.vlm import Prompt, banned_token_ids, build_prompt, eos_token_ids, load_any
 from rollout import sample_completions
 
 COLOURS = ("#e6194b", "#2f7fff", "#2ca02c", "#f58231", "#a030c0", "#009999", "#b08000", "#e377c2")
-LEAST_SIDE = 512  # pixels of a picture's longer side; a smaller image is enlarged
 BATCH = 16  # questions answered together
 
 
@@ -129,27 +130,11 @@ def describe(marks: Sequence[Mark]) -> str:
 
 def draw(answers: Answers) -> Image.Image:
     """The image with the boxes of all answers, each answer in its colour."""
-    image = load_image(answers.path)
-    scale = max(1, round(LEAST_SIDE / max(image.size)))
-    picture = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    pen, width = ImageDraw.Draw(picture), max(3, max(picture.size) // 200)
-    font = ImageFont.load_default(max(14, max(picture.size) // 45))
-    for number, marks in enumerate(answers.marks):
-        colour = COLOURS[number % len(COLOURS)]
-        for mark in marks:
-            x1, y1, x2, y2 = (side * scale for side in mark.box)
-            corners = [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)]
-            if mark.box[:2] == mark.box[2:]:  # a point
-                corners = [x1 - 3 * width, y1 - 3 * width, x1 + 3 * width, y1 + 3 * width]
-            pen.rectangle(
-                [corner + edge for corner, edge in zip(corners, (-1, -1, 1, 1), strict=True)], None, "black", width + 2
-            )
-            pen.rectangle(corners, None, colour, width)
-            label = mark.label or (str(number + 1) if len(answers.texts) > 1 else "")
-            pen.text(
-                (corners[0] + 2 * width, corners[1] + width), label, "white", font, stroke_width=2, stroke_fill=colour
-            )
-    return picture
+    marks = []
+    for number, found in enumerate(answers.marks):
+        name = str(number + 1) if len(answers.texts) > 1 else ""
+        marks += [(COLOURS[number % len(COLOURS)], Mark(mark.box, mark.label or name)) for mark in found]
+    return draw_marks(load_image(answers.path), marks)
 
 
 def gallery(answers: Sequence[Answers], title: str) -> str:
@@ -207,6 +192,8 @@ def run(options: AskOptions) -> None:
             max_completion_tokens=options.max_completion_tokens,
         )
     )
+    if not in_terminal():
+        hide_library_bars()
     out = Path(options.output or ("ask.html" if is_list else "ask.png"))
     found = []
     for answers in ask(questions, config, target, samples=options.samples, temperature=options.temperature):
