@@ -5,12 +5,12 @@ them. A CUDA graph launches all of them together. It replays the same kernels on
 keep everything that changes in buffers that stay where they are.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 TOLERANCE = 0.02  # of the largest logit: a replay may take other kernels of cuBLAS, which round bf16 differently
 
@@ -25,7 +25,7 @@ class Graphs:
     def give_up(self, reason: str) -> None:
         """Uses plain calls from now on."""
         self.usable = False
-        tqdm.write(f"warning: drawing without CUDA graphs, which is slower: {reason}")
+        print(f"warning: drawing without CUDA graphs, which is slower: {reason}", file=sys.stderr)
 
 
 GRAPHS = Graphs()

@@ -86,7 +86,7 @@ def state_layout(row: RowLayout) -> StateLayout:
         prompts=prompts,
         completions=row.batches,
         prompt_order=prompt_order,
-        prompt_of=[torch.bucketize(batch.own[:, 0].contiguous(), starts, right=True) - 1 for batch in row.batches],
+        prompt_of=[torch.bucketize(batch.own[:, 0].contiguous(), starts) - 1 for batch in row.batches],
         order=order[places.argsort()],
     )
 
