@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from infra.config import RunConfig
 from infra.parallel import World, compute_dtype
+from model.linear_attention import delta_nets
 from model.logprobs import CHUNK_LOGITS
 from model.vlm import DECODER_LAYERS, family_of, trainable
 from rollout import PREFILL_TOKENS, tower_is_frozen
@@ -75,13 +76,17 @@ def _drawn(model: nn.Module, world: World, config: RunConfig, prompt_tokens: int
     text, width = model.config.get_text_config(), compute_dtype(config.dtype).itemsize
     prompts, sequences = _batch(world, config)
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * width
+    nets = delta_nets(model)  # they have a state of fixed size in place of keys and values
+    heads = sum(4 * net.num_v_heads * net.head_k_dim * net.head_v_dim for net in nets)
+    state = heads + sum(width * net.conv_dim * (net.conv_kernel_size - 1) for net in nets)
+    token = 2 * (text.num_hidden_layers - len(nets)) * text.num_key_value_heads * head_size * width
     buckets = 64 * 2 ** math.ceil(math.log2(max(1, config.max_completion_tokens / 64)))  # its buffers double
     together = 1 if tower_is_frozen(model) else max(1, min(prompts, PREFILL_TOKENS // max(1, prompt_tokens)))
     patches = PATCHES * together * prompt_tokens
     return {
         "cache of prompts": prompts * prompt_tokens * token,
         "cache of completions": sequences * buckets * token,
+        "states of linear attention": sequences * state,
         # A block of the tower turns its queries and keys in fp32; the 1,176 numbers of a patch are there in two dtypes.
         # Choosing a token needs the logits five times in fp32 and once in fp64.
         "images or logits": max(

@@ -96,7 +96,7 @@ def test_a_cache_that_drops_sequences_attends_as_every_sequence_alone_does():
         tuple(torch.stack([F.pad(kv[i], (0, 0, 0, 6 - kv.shape[2]), value=9.0) for kv in layer]) for i in (0, 1))
         for layer in prompts
     ]
-    cache = GroupCache(padded, lengths, group)
+    cache = GroupCache(dict(enumerate(padded)), lengths, group)
     rows = [(prompt, []) for prompt in range(3) for _ in range(group)]  # (prompt, its own keys and values so far)
     drops = {
         1: [0, 1, 2, 4, 5],
