@@ -235,7 +235,7 @@ MISTAKES = {  # command line: the line that it prints
     f"{TRAIN} --group_size 1": "error: group_size is 1: it must be at least 2",
     f"{TRAIN} --learning_rate 1e-6x": "error: argument --learning_rate: invalid float value: '1e-6x'",
     f"{TRAIN} --variant ppo": (
-        "error: argument --variant: invalid choice: 'ppo' (choose from 'grpo', 'dapo', 'dr_grpo', 'gspo')"
+        "error: argument --variant: invalid choice: 'ppo' (choose from 'grpo', 'dapo', 'dr_grpo', 'gspo', 'cispo', 'sapo')"
     ),
     f"{TRAIN} --template rek": (
         "error: template 'rek' is unknown: one of rec, default, detection, no_think, base, plain, or a text with "
@@ -285,8 +285,8 @@ MISTAKES = {  # command line: the line that it prints
         "error: group_size was 2 in the run that is resumed and is 4 now: leave it out, or start a new run"
     ),
     "sft --resume out": (
-        "error: out/config.json was written by another command or another version of this one: 18 options differ, as "
-        "beta, clip_high, clip_low; resume it with the command that began it"
+        "error: out/config.json was written by another command or another version of this one: 24 options differ, as "
+        "advantages, beta, clip_high; resume it with the command that began it"
     ),
     # ---- eval.py
     "eval --model model": "error: no data for --model model: name files with --data, or with --mix",
