@@ -88,8 +88,8 @@ def _first_to_report() -> bool:
     """Whether no other rank has reported an error yet: most errors are raised by all ranks at once."""
     try:
         return dist.distributed_c10d._get_default_store().add("reported errors", 1) == 1
-    except RuntimeError:  # the process that keeps the store is gone
-        return True
+    except RuntimeError:  # rank 0, which keeps the store, has gone: it has told the error that all ranks raise
+        return False
 
 
 def spawn(count: int, main: Callable, *arguments: object) -> None:
