@@ -235,7 +235,8 @@ MISTAKES = {  # command line: the line that it prints
     f"{TRAIN} --group_size 1": "error: group_size is 1: it must be at least 2",
     f"{TRAIN} --learning_rate 1e-6x": "error: argument --learning_rate: invalid float value: '1e-6x'",
     f"{TRAIN} --variant ppo": (
-        "error: argument --variant: invalid choice: 'ppo' (choose from 'grpo', 'dapo', 'dr_grpo', 'gspo', 'cispo', 'sapo')"
+        "error: argument --variant: invalid choice: 'ppo' (choose from 'grpo', 'dapo', 'dr_grpo', "
+        "'gspo', 'cispo', 'sapo')"
     ),
     f"{TRAIN} --template rek": (
         "error: template 'rek' is unknown: one of rec, default, detection, no_think, base, plain, or a text with "
