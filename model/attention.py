@@ -315,9 +315,8 @@ class GroupCache:
                 [rows.get(n, 0) for n in range(len(self.sizes) * self.width)], device=device
             )
         padding = torch.arange(self.prompts[self.any_layer][0].shape[2], device=device) >= self.sizes[prompt_of, None]
-        self.prompt_mask = torch.zeros_like(padding, dtype=torch.float32).masked_fill(padding, -torch.inf)[
-            :, None, None
-        ]
+        hidden = torch.zeros_like(padding, dtype=torch.float32).masked_fill(padding, -torch.inf)
+        self.prompt_mask = hidden[:, None, None]  # [R, 1, 1, P]
 
     def reserve(self, room: int) -> None:
         """Makes room for this many own tokens of every sequence. The buffers at least double if they grow."""
