@@ -27,7 +27,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
-from model.attention import GroupCache, RowLayout, attend_row, no_mask, shared_prefix
+from model.attention import RowLayout, attend_row, no_mask, shared_prefix
+from model.cache import GroupCache
 from model.graphs import GraphedStep
 from model.linear_attention import LinearStates, state_layout
 from model.logprobs import linear_logits, linear_logprobs
@@ -39,6 +40,7 @@ from model.packing import (
     require_mask_support,
     row_attention,
 )
+from model.sampling import pick_tokens
 
 PREFILL_TOKENS = 4096  # tokens of a row in prefill; bounds its activations
 
@@ -405,40 +407,3 @@ def decode(
         done += tokens
     longest = int(state.lengths.max())
     return state.drawn[:, :longest], state.logprobs[:, :longest], state.lengths
-
-
-def pick_tokens(
-    logits: Tensor,  # [R, V] fp32
-    uniform: Tensor,  # [R] float64 numbers in [0, 1)
-    *,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    banned_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Next ids [R] and their log-probs [R]; temperature 0 takes the most likely."""
-    if banned_ids is not None and len(banned_ids):
-        logits = logits.index_fill(1, banned_ids, -1e30)
-    logprobs = (logits / (temperature or 1.0)).log_softmax(1)
-    if temperature == 0:
-        ids = logprobs.argmax(1)
-    else:
-        # A row's number is looked up in the cumulative probabilities. Unlike multinomial this never waits for the
-        # device; an exponential race would cost a random number per entry. 150,000 terms need a sum in float64.
-        sums = restricted(logprobs, top_k, top_p).exp().cumsum(1, dtype=torch.float64)
-        # The first entry whose sum exceeds the number; an entry of probability 0 adds nothing and is never the first.
-        ids = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0].clamp_(max=sums.shape[1] - 1)
-    return ids, logprobs.gather(1, ids[:, None])[:, 0]
-
-
-def restricted(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Log-probs [R, V], -inf outside the top_k tokens (0: all) and outside the smallest set that holds top_p."""
-    if top_k:
-        threshold = logprobs.topk(min(top_k, logprobs.shape[1]), dim=1).values[:, -1:]
-        logprobs = logprobs.masked_fill(logprobs < threshold, -torch.inf)
-    if top_p < 1:
-        ordered, order = logprobs.sort(dim=1, descending=True)
-        probs = ordered.softmax(1)
-        outside = probs.cumsum(1) - probs >= top_p  # the tokens before it already hold top_p
-        logprobs = logprobs.masked_fill(outside.scatter(1, order, outside), -torch.inf)
-    return logprobs

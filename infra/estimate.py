@@ -151,11 +151,12 @@ def _exchanged(model: nn.Module, world: World, width: int) -> tuple[float, float
 def _kept(block: nn.Module, stream: int, config: RunConfig) -> int:
     """Numbers that the backward pass keeps of a token, or of a patch, in one block; `stream` is the block's width.
 
-    They are what its linear layers return, what activation and attention make of that, and of each norm the input in
-    fp32 and the output before and after its weight.
+    They are what its linear layers return, what activation and attention make of that, and the streams into and out of
+    its norms; of a norm that model/norms.py leaves alone also the input in fp32, and the output before its weight.
     """
     linear = sum(module.out_features for module in block.modules() if isinstance(module, nn.Linear))
-    return 2 * linear + (2 if config.lora_rank else 4) * stream
+    slow = [m for m in block.modules() if type(m).__name__.endswith("RMSNorm") and "forward" not in vars(m)]
+    return 2 * linear + (1 if config.lora_rank else 2) * len(slow) * stream
 
 
 def _kept_by_experts(text: PreTrainedConfig) -> int:

@@ -129,6 +129,7 @@ def build_parser(config_class: type) -> argparse.ArgumentParser:
     """
     description = (config_class.__doc__ or "").strip()
     parser = _Parser(
+        prog=getattr(config_class, "PROGRAM", None),  # None: the name of the file
         usage="python %(prog)s [--option value ...]",
         description=description,
         allow_abbrev=False,

@@ -1,24 +1,24 @@
-"""Attention over a shared prompt: a packed row scored without its masked-out work, a group decoded from one cache.
+"""Attention over a shared prompt: a packed row scored without its masked-out work.
 
 The completions of a group share a prompt. Under a dense mask over the packed row, attention also computes what each
-completion would see of all others, and throws it away; a usual cache holds the prompt once per completion and reads it
-as often. Here attention is computed in two parts, over the prompt and over a completion's own tokens, and their
-log-sum-exps merge the parts exactly.
+completion would see of all others, and throws it away. Here attention is computed in two parts, over the prompt and
+over a completion's own tokens, and their log-sum-exps merge the parts exactly.
 
 Hugging Face's layers find this attention by the name in their config (`use_shared_prefix`). A forward passes the
 function that computes it as the argument `attend`; without that argument the attention is plain sdpa. Tests compare it
 with the dense mask. Left out: sliding windows, attention sinks, dropout.
 
 Shapes: S tokens of a packed row, T of them in completions; n completions of a batch, c tokens of the longest, t of all;
-H query heads, K key heads, D their size; R sequences decoded, B prompts, P tokens of the longest prompt.
+H query heads, K key heads, D their size.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +97,15 @@ class Batch:
     order: Tensor  # [t] where these tokens stand among the n * c
 
 
+class Segments(NamedTuple):
+    """Segments of queries, each of which sees one segment of keys: what one call of a GPU's kernel takes."""
+
+    query_bounds: Tensor  # [n + 1] int32: where they begin, and where the last one ends
+    key_bounds: Tensor  # [n + 1] int32
+    most_queries: int  # of a segment
+    most_keys: int
+
+
 @dataclass(frozen=True)
 class RowLayout:
     """Where everything stands in a packed row [prompt | c1 | ... | cG], one group after the other."""
@@ -105,6 +114,9 @@ class RowLayout:
     places: Tensor  # [T] place in the row of every completion token, completion by completion
     numbers: Tensor  # [T] the number of the completion that each belongs to
     batches: list[Batch]  # the completions, those of similar lengths together
+    pieces: Segments  # each prompt and each completion, to itself
+    answers: Segments  # of the completion tokens of each group, to its prompt
+    prompt_places: Tensor  # places in the row of the prompts that have completions
 
     @cached_property
     def mask(self) -> Tensor:
@@ -132,10 +144,32 @@ def row_layout(
             spans.append((place, length))
             place += length
         groups.append(Group(first, middle, place))
-    no_place = torch.empty(0, dtype=torch.long)  # a row of prompts alone has no completion to concatenate
-    places = torch.cat([no_place, *(torch.arange(start, start + length) for start, length in spans)])
     numbers = torch.repeat_interleave(torch.tensor([length for _, length in spans], dtype=torch.long))
-    return RowLayout(groups, _to_device(places, device), _to_device(numbers, device), similar_batches(spans, device))
+    pieces = [
+        size for prompt, sizes in zip(prompt_lengths, completion_lengths, strict=True) for size in (prompt, *sizes)
+    ]
+    answered = [group for group in groups if group.last > group.middle]
+    return RowLayout(
+        groups,
+        places=_places(spans, device),
+        numbers=_to_device(numbers, device),
+        batches=similar_batches(spans, device),
+        pieces=_segments(pieces, pieces, device),
+        answers=_segments([g.last - g.middle for g in answered], [g.middle - g.first for g in answered], device),
+        prompt_places=_places([(g.first, g.middle - g.first) for g in answered], device),
+    )
+
+
+def _places(spans: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """Every place of spans (place, length), one after the other."""
+    none = torch.empty(0, dtype=torch.long)  # where there is no span to concatenate
+    return _to_device(torch.cat([none, *(torch.arange(start, start + length) for start, length in spans)]), device)
+
+
+def _segments(queries: Sequence[int], keys: Sequence[int], device: torch.device) -> Segments:
+    """Segments of these lengths."""
+    bounds = (_to_device(torch.tensor([0, *accumulate(sizes)], dtype=torch.int32), device) for sizes in (queries, keys))
+    return Segments(*bounds, max(queries, default=0), max(keys, default=0))
 
 
 def similar_batches(spans: Sequence[tuple[int, int]], device: torch.device) -> list[Batch]:
@@ -169,13 +203,16 @@ def attend_row(layout: RowLayout, layer: int, query: Tensor, key: Tensor, value:
         # repeated here because, with a mask, `enable_gqa` would choose the kernel that keeps all scores.
         key, value = (states.repeat_interleave(query.shape[1] // heads, 1) for states in (key, value))
         return F.scaled_dot_product_attention(query, key, value, layout.mask, scale=scale)
+    if not query.is_cpu:
+        rows = (states[0].transpose(0, 1) for states in (query, key, value))
+        return _SharedPrefixOnGpu.apply(*rows, layout, scale).transpose(0, 1)[None]
     query = query[0].unflatten(0, (heads, -1))  # [K, H / K, S, D]: the key heads become the batch
     out = _SharedPrefix.apply(query, key[0][:, None], value[0][:, None], layout, scale)
     return out.flatten(0, 1)[None]
 
 
 class _SharedPrefix(torch.autograd.Function):
-    """One or two kernel calls per group for the prompt, and one per batch for the completions' own tokens.
+    """On a CPU: one or two calls per group for the prompt, and one per batch for the completions' own tokens.
 
     A kernel's backward pass recomputes probabilities from the log-sum-exp that it is given. Given the one of the whole
     softmax, it returns that softmax's gradient for its own keys, so the gradients of the parts add up (as in ring
@@ -245,10 +282,8 @@ def _row_tokens(states: Tensor, batch: Batch) -> Tensor:
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Flash attention of queries [b, h, L, D] over keys [b, 1, M, D]: the output and its log-sum-exp [b, h, L]."""
+    """A CPU's flash attention of queries [b, h, L, D] over keys [b, 1, M, D]: the output, its log-sum-exp [b, h, L]."""
     key, value = (states.expand(-1, query.shape[1], -1, -1) for states in (key, value))  # views: nothing is copied
-    if not query.is_cpu:
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)[:2]
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
 
 
@@ -257,126 +292,66 @@ def _kernel_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of that kernel's queries, keys and values."""
     key, value = (states.expand(-1, query.shape[1], -1, -1) for states in (key, value))
-    if query.is_cpu:
-        of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, out, lse, 0.0, causal, scale=scale
-        )
-    else:
-        dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)  # the random state of a dropout of 0
-        of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad, query, key, value, out, lse.contiguous(), None, None, query.shape[2], key.shape[2], 0.0, causal,
-            dropout, dropout[:0], scale=scale,
-        )  # fmt: skip
+    of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, key, value, out, lse, 0.0, causal, scale=scale
+    )
     return of_query, of_key.sum(1, keepdim=True), of_value.sum(1, keepdim=True)
 
 
-# ---- decoding ------------------------------------------------------------------------------------------------------
+class _SharedPrefixOnGpu(torch.autograd.Function):
+    """The same in two calls, whatever the row holds: every piece over itself, then all completions over their prompts.
 
-
-class GroupCache:
-    """Keys and values while drawing: each prompt's once, and each sequence's own in buffers with room to spare.
-
-    A token is written at `length`, which is a tensor, and what lies beyond it is masked. So nothing in a step depends
-    on a number that the host knows, and a CUDA graph of one token serves all until `keep` or `reserve` is called.
+    Queries are [S, H, D], keys [S, K, D]: a kernel of segments takes tokens first.
     """
 
-    def __init__(
-        self,
-        prompts: dict[int, tuple[Tensor, Tensor]],  # keys and values [B, K, P, D] by layer, padded at the end
-        sizes: Sequence[int],  # tokens of each prompt
-        group_size: int,
-        linear: Any = None,  # what layers without keys carry; `keep` is passed on to it
-    ):
-        self.prompts, self.linear = prompts, linear
-        self.any_layer = min(prompts)  # of a hybrid model, the first one may have no keys
-        self.sizes = torch.tensor(sizes, device=prompts[self.any_layer][0].device)
-        self.length = torch.zeros_like(self.sizes[:1])  # [1] how many tokens of its own every sequence has
-        self.own = {
-            number: [states.new_empty(len(sizes) * group_size, states.shape[1], 0, states.shape[3]) for states in layer]
-            for number, layer in prompts.items()
-        }
-        self.room = 0  # the tokens of its own that a sequence may come to have
-        self._place([number for number in range(len(sizes)) for _ in range(group_size)])
+    @staticmethod
+    def forward(ctx, query, key, value, layout, scale):
+        out, lse = _segments_kernel(query, key, value, layout.pieces, True, scale)  # [S, H, D], [H, S]
+        own, prompts = layout.places, layout.prompt_places
+        if len(own):
+            over = _segments_kernel(query[own], key[prompts], value[prompts], layout.answers, False, scale)
+            merged, merged_lse = merge(out[own], lse[:, own].t(), over[0], over[1].t())
+            out[own], lse[:, own] = merged, merged_lse.t()
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.layout, ctx.scale = layout, scale
+        return out
 
-    def _place(self, prompt_of: list[int]) -> None:
-        """Gives each sequence a slot: its prompt's number * width + its rank among the sequences of that prompt."""
-        ranks, counts = [], Counter()
-        for number in prompt_of:
-            ranks.append(counts[number])
-            counts[number] += 1
-        self.prompt_of, self.width, device = prompt_of, max(counts.values()), self.sizes.device
-        slots = [number * self.width + rank for number, rank in zip(prompt_of, ranks, strict=True)]
-        self.slots = self.row_of_slot = None  # as long as every slot is taken, slots are rows
-        if len(slots) < len(self.sizes) * self.width:
-            rows = dict(zip(slots, range(len(slots)), strict=True))
-            self.slots = torch.tensor(slots, device=device)
-            # A slot that nobody has computes the first row's attention once more.
-            self.row_of_slot = torch.tensor(
-                [rows.get(n, 0) for n in range(len(self.sizes) * self.width)], device=device
-            )
-        padding = torch.arange(self.prompts[self.any_layer][0].shape[2], device=device) >= self.sizes[prompt_of, None]
-        hidden = torch.zeros_like(padding, dtype=torch.float32).masked_fill(padding, -torch.inf)
-        self.prompt_mask = hidden[:, None, None]  # [R, 1, 1, P]
-
-    def reserve(self, room: int) -> None:
-        """Makes room for this many own tokens of every sequence. The buffers at least double if they grow."""
-        self.room = room
-        size = self.own[self.any_layer][0].shape[2]
-        if room > size:
-            for layer in self.own.values():
-                layer[:] = (F.pad(states, (0, 0, 0, max(64, size, room - size))) for states in layer)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drops all sequences but these, and every prompt that no sequence continues."""
-        index = torch.tensor(rows, device=self.sizes.device)
-        for layer in self.own.values():
-            layer[:] = (states[index] for states in layer)
-        if self.linear is not None:
-            self.linear.keep(index)
-        prompt_of = [self.prompt_of[row] for row in rows]
-        alive = sorted(set(prompt_of))
-        if len(alive) < len(self.sizes):
-            self.sizes = self.sizes[alive]
-            self.prompts = {number: tuple(part[alive] for part in layer) for number, layer in self.prompts.items()}
-        self._place([alive.index(number) for number in prompt_of])
-
-    def begin(self) -> None:
-        """Hides, for the token that comes next, the part of the buffers that holds none yet."""
-        hidden = torch.arange(self.room, device=self.length.device) > self.length
-        self.own_mask = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf)  # [room]
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention [R, H, 1, D] of every sequence's newest token over its prompt and its own tokens."""
-        for states, new in zip(self.own[layer], (key, value), strict=True):
-            states.index_copy_(2, self.length, new)
-        own_keys, own_values = (states[:, :, : self.room] for states in self.own[layer])
-        keys, values = self.prompts[layer]
-        query = query[:, :, 0].unflatten(1, (key.shape[1], -1))  # [R, K, H / K, D]
-        # All sequences of a prompt, and all query heads of a key head, are queries to one copy of its keys. The softmax
-        # is one over both parts: to merge two takes a dozen small kernels more, and on a GPU each costs a launch.
-        shared = self._to_rows(_fp32_bmm(self._to_prompts(query), keys.transpose(2, 3)))
-        own = _fp32_bmm(query, own_keys.transpose(2, 3))  # [R, K, H / K, room]
-        middle = shared.shape[-1]
-        scores = own.new_empty(*own.shape[:3], middle + self.room)
-        torch.add(self.prompt_mask, shared, alpha=scale, out=scores[..., :middle])
-        torch.add(self.own_mask, own, alpha=scale, out=scores[..., middle:])
-        probs = scores.softmax(-1).to(value.dtype)
-        out = self._to_rows(self._to_prompts(probs[..., :middle]) @ values) + probs[..., middle:] @ own_values
-        return out.flatten(1, 2)[:, :, None]
-
-    def _to_prompts(self, states: Tensor) -> Tensor:
-        """[R, K, H / K, ...] by sequence as [B, K, width * H / K, ...] by prompt."""
-        states = states if self.row_of_slot is None else states[self.row_of_slot]
-        return states.unflatten(0, (-1, self.width)).transpose(1, 2).flatten(2, 3)
-
-    def _to_rows(self, states: Tensor) -> Tensor:
-        """The inverse, without the slots that nobody has."""
-        states = states.unflatten(2, (self.width, -1)).transpose(1, 2).flatten(0, 1)
-        return states if self.slots is None else states[self.slots]
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, key, value, out, lse = ctx.saved_tensors
+        layout, own, prompts = ctx.layout, ctx.layout.places, ctx.layout.prompt_places
+        grads = _segments_backward(grad, query, key, value, out, lse, layout.pieces, True, ctx.scale)
+        if len(own):
+            inputs = (grad[own], query[own], key[prompts], value[prompts], out[own], lse[:, own])
+            shares = _segments_backward(*inputs, layout.answers, False, ctx.scale)
+            for total, places, share in zip(grads, (own, prompts, prompts), shares, strict=True):
+                total[places] += share
+        return *grads, None, None
 
 
-def _fp32_bmm(a: Tensor, b: Tensor) -> Tensor:
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    if a.is_cuda and a.dtype != dtype:  # half precision in, fp32 out, in one kernel
-        return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=dtype).unflatten(0, a.shape[:2])
-    return a.to(dtype) @ b.to(dtype)
+def _segments_kernel(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """A GPU's flash attention, in segments, of queries [q, H, D] over keys [k, K, D]: output and log-sum-exp [H, q]."""
+    options = {"dropout_p": 0.0, "is_causal": causal, "return_debug_mask": False, "scale": scale}
+    return torch.ops.aten._flash_attention_forward(query, key, value, *segments, **options)[:2]
+
+
+def _segments_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Segments,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of that kernel's queries, keys and values."""
+    dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)  # the random state of a dropout of 0
+    return torch.ops.aten._flash_attention_backward(
+        grad.contiguous(), query, key, value, out, lse.contiguous(), *segments, 0.0, causal, dropout, dropout[:0],
+        scale=scale,
+    )  # fmt: skip

@@ -35,8 +35,9 @@ from model.families import (  # noqa: F401, some for others to import from here
 )
 from model.linear_attention import use_shared_states
 from model.lora import base_of, is_adapter, load_adapter
+from model.norms import fuse_norms
 from model.packing import layer_problem
-from model.vision import use_segments
+from model.vision import pad_mlps, use_segments
 
 VISION_MARKS = ("<img>", "</img>", "<|begin_of_image|>", "<|end_of_image|>")  # vision tokens that no config names
 
@@ -86,15 +87,23 @@ def load_model(
     else:
         # Never a pickled checkpoint: reading one may run code.
         model = AutoModelForImageTextToText.from_pretrained(name_or_path, use_safetensors=True, **options)
-    use_shared_prefix(model)
-    use_shared_states(model)
-    use_segments(model.get_submodule(family_of(model.config.model_type).vision_blocks))
+    use_own_layers(model)
     if freeze_vision:
         for name in vision_modules(model):
             model.get_submodule(name).requires_grad_(False)
     if gradient_checkpointing:
         checkpoint_activations(model)
     return model.eval(), load_processor(name_or_path, max_pixels=max_pixels, min_pixels=min_pixels)
+
+
+def use_own_layers(model: PreTrainedModel) -> None:
+    """Gives the model attention over a shared prompt, and layers that compute what theirs do in fewer kernels."""
+    use_shared_prefix(model)
+    use_shared_states(model)
+    blocks = model.get_submodule(family_of(model.config.model_type).vision_blocks)
+    use_segments(blocks)
+    pad_mlps(blocks)
+    fuse_norms(model)
 
 
 def load_any(name_or_path: str, **options) -> tuple[PreTrainedModel, ProcessorMixin]:

@@ -1,6 +1,7 @@
 """attention.py against the dense mask, in float64 and with gradients, and against attention over the joined keys."""
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import toy
 import toy.model
-from model import attention
-from model.attention import GroupCache, attend_row, merge, row_layout, shared_prefix, use_shared_prefix
+from model import attention, cache
+from model.attention import attend_row, merge, row_layout, shared_prefix, use_shared_prefix
+from model.cache import GroupCache
 
 CPU = torch.device("cpu")
 ROWS = {  # prompt lengths, lengths of each prompt's completions
@@ -157,7 +159,7 @@ def test_a_scale_of_the_models_own_is_used_and_what_is_not_computed_is_refused()
 def test_scores_while_decoding_are_not_rounded_to_bf16():
     torch.manual_seed(0)
     query, key = (torch.randn(1, 2, n, 128).bfloat16() * 4 for n in (3, 50))
-    scores = attention._fp32_bmm(query, key.transpose(2, 3))
+    scores = cache._fp32_bmm(query, key.transpose(2, 3))
     expected = query.double() @ key.double().transpose(2, 3)
     assert (scores - expected).abs().max() < 1e-2  # scores near 1,000, which bf16 rounds by up to 4
 
@@ -167,6 +169,66 @@ def test_the_models_attention_comes_back_even_after_an_error():
     with pytest.raises(KeyError), shared_prefix(model):
         raise KeyError
     assert model.config.get_text_config()._attn_implementation == "sdpa"
+
+
+# ---- a GPU's kernels -----------------------------------------------------------------------------------------------
+
+
+def segments_on_cpu(query, key, value, segments, causal, scale):
+    """What a GPU's kernel of segments computes, by plain arithmetic: the output and its log-sum-exp."""
+    out, lse = torch.zeros_like(query), query.new_full(query.shape[1::-1], torch.inf)  # +inf: the kernel's own for none
+    bounds = zip(segments.query_bounds.tolist(), segments.key_bounds.tolist(), strict=True)
+    for (q0, k0), (q1, k1) in pairwise(bounds):
+        scores = scale * torch.einsum(
+            "qhd,khd->hqk", query[q0:q1], key[k0:k1].repeat_interleave(repeats(query, key), 1)
+        )
+        if causal:
+            scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
+        values = value[k0:k1].repeat_interleave(repeats(query, key), 1)
+        out[q0:q1], lse[:, q0:q1] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values), scores.logsumexp(-1)
+        assert q1 - q0 <= segments.most_queries and k1 - k0 <= segments.most_keys
+    return out, lse
+
+
+def repeats(query, key):
+    return query.shape[1] // key.shape[1]
+
+
+def segments_backward_on_cpu(grad, query, key, value, out, lse, segments, causal, scale):
+    """Its backward as a flash kernel does it, from the output and the log-sum-exp that it is given."""
+    grads = [torch.zeros_like(states) for states in (query, key, value)]
+    bounds = zip(segments.query_bounds.tolist(), segments.key_bounds.tolist(), strict=True)
+    for (q0, k0), (q1, k1) in pairwise(bounds):
+        times = repeats(query, key)
+        keys, values = (states[k0:k1].repeat_interleave(times, 1) for states in (key, value))
+        probs = (scale * torch.einsum("qhd,khd->hqk", query[q0:q1], keys) - lse[:, q0:q1, None]).exp()
+        probs = probs.tril() if causal else probs
+        delta = (grad[q0:q1] * out[q0:q1]).sum(-1).t()
+        of_scores = probs * (torch.einsum("qhd,khd->hqk", grad[q0:q1], values) - delta[..., None]) * scale
+        grads[0][q0:q1] = torch.einsum("hqk,khd->qhd", of_scores, keys)
+        of_keys = torch.einsum("hqk,qhd->khd", of_scores, query[q0:q1])
+        of_values = torch.einsum("hqk,qhd->khd", probs, grad[q0:q1])
+        for total, part in zip(grads[1:], (of_keys, of_values), strict=True):
+            total[k0:k1] = part.unflatten(1, (-1, times)).sum(2)
+    return grads
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
+def test_a_gpus_two_calls_and_their_gradients_are_those_of_the_dense_mask(row, heads, monkeypatch):
+    monkeypatch.setattr(attention, "_segments_kernel", segments_on_cpu)
+    monkeypatch.setattr(attention, "_segments_backward", segments_backward_on_cpu)
+    layout = row_layout(*ROWS[row], CPU)
+    query, key, value, grad = states(layout.groups[-1][-1], *heads)
+    rows = [states[0].transpose(0, 1) for states in (query, key, value)]
+    ours = attention._SharedPrefixOnGpu.apply(*rows, layout, 0.3).transpose(0, 1)[None]
+    expected = dense(query, key, value, layout.mask, 0.3)
+    for a, b in zip(
+        (ours, *torch.autograd.grad(ours, (query, key, value), grad)),
+        (expected, *torch.autograd.grad(expected, (query, key, value), grad)),
+        strict=True,
+    ):
+        assert_close(a, b, rtol=0, atol=1e-13)
 
 
 class Calls(TorchDispatchMode):
@@ -185,22 +247,24 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_gpu_kernels_get_each_argument_in_its_place(causal):
     """On meta tensors, which have shapes and no values."""
-    query = torch.randn(2, 3, 6, 64, dtype=torch.bfloat16, device="meta")
+    query = torch.randn(6, 4, 64, dtype=torch.bfloat16, device="meta")
     length = 6 if causal else 9
-    key, value = (torch.randn(2, 1, length, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    key, value = (torch.randn(length, 2, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    bounds = [torch.zeros(3, dtype=torch.int32, device="meta") for _ in range(2)]
+    segments = attention.Segments(*bounds, 5, 7)
     with Calls() as calls:
-        out, lse = attention._kernel(query, key, value, causal, 0.1)
+        out, lse = attention._segments_kernel(query, key, value, segments, causal, 0.1)
         grad = torch.empty_like(out)
-        grads = attention._kernel_backward(grad, query, key, value, out, lse, causal, 0.1)
-    forward = calls.seen["_scaled_dot_product_flash_attention.default"]
-    backward = calls.seen["_scaled_dot_product_flash_attention_backward.default"]
+        grads = attention._segments_backward(grad, query, key, value, out, lse, segments, causal, 0.1)
+    forward = calls.seen["_flash_attention_forward.default"]
+    backward = calls.seen["_flash_attention_backward.default"]
     for arguments in (forward, backward):
-        assert arguments["query"] is query and arguments.get("is_causal", False) is causal and arguments["scale"] == 0.1
-        assert arguments.get("dropout_p", 0.0) == 0.0
-        assert arguments["key"]._base is key and arguments["value"]._base is value
-    assert backward["grad_out"] is grad and backward["out"] is out
-    assert backward["logsumexp"].shape == (2, 3, 6) and backward["logsumexp"].dtype == torch.float32
-    assert (backward["max_q"], backward["max_k"]) == (6, length)
+        assert arguments["query"] is query and arguments["key"] is key and arguments["value"] is value
+        assert arguments["is_causal"] is causal and arguments["scale"] == 0.1 and arguments["dropout_p"] == 0.0
+        assert arguments["cum_seq_q"] is bounds[0] and arguments["cum_seq_k"] is bounds[1]
+        assert (arguments["max_q"], arguments["max_k"]) == (5, 7)
+    assert backward["grad_out"] is grad and backward["out"] is out and backward["logsumexp"] is lse
+    assert lse.shape == (4, 6) and lse.dtype == torch.float32
     assert [g.shape for g in grads] == [query.shape, key.shape, key.shape]
 
 

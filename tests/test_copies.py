@@ -154,6 +154,6 @@ def test_what_a_file_imports_is_found_and_copied(tmp_path):
     copy_with_imports("rollout.py", tmp_path)
     copied = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.py")}
     assert copied == {
-        "rollout.py", "model/attention.py", "model/graphs.py", "model/linear_attention.py", "model/logprobs.py",
-        "model/packing.py",
+        "rollout.py", "model/attention.py", "model/cache.py", "model/graphs.py", "model/linear_attention.py",
+        "model/logprobs.py", "model/packing.py", "model/sampling.py",
     }  # fmt: skip

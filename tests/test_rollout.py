@@ -11,11 +11,10 @@ import rollout
 import toy.model
 from model.attention import use_shared_prefix
 from model.packing import IMAGE_FEATURES, pack_row
+from model.sampling import pick_tokens, restricted
 from model.vlm import banned_token_ids, checkpoint_activations
 from rollout import (
     completion_logprobs,
-    pick_tokens,
-    restricted,
     sample_completions,
     see_images,
     takes_image_features,

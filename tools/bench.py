@@ -36,6 +36,7 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import AutoModelForImageTextToText
 
 from data import read_samples
 from infra.config import TrainConfig
@@ -75,10 +76,10 @@ class Work(NamedTuple):
 
 
 def load_work(job: Job, dtype: torch.dtype) -> Work:
-    """The model on its device, under the attention that the way asks for, and the prompts of the workload."""
+    """The model on its device, as we load it or as transformers does, and the prompts of the workload."""
     model, processor = vlm.load_model(job.model, dtype=dtype)
-    if WAYS[job.row][job.way].plain_attention:
-        model.config.get_text_config()._attn_implementation = "sdpa"
+    if WAYS[job.row][job.way].plain:
+        model = AutoModelForImageTextToText.from_pretrained(job.model, dtype=dtype, attn_implementation="sdpa").eval()
     samples = read_samples(job.data, job.data.parent)
     prompts = [vlm.build_prompt(processor, sample, template="plain") for sample in samples]
     never = sorted({*vlm.banned_token_ids(model, processor), *vlm.eos_token_ids(model, processor)})
@@ -265,7 +266,7 @@ class Way(NamedTuple):
     """One way to do the work of a row."""
 
     run: Callable
-    plain_attention: bool = False  # transformers' own in the text layers; packed rows then take the dense mask
+    plain: bool = False  # the model as transformers loads it, under sdpa; packed rows then take the dense mask
     checkpointed: bool = False
 
 
@@ -273,24 +274,22 @@ PACKED, REPEATED = partial(learn, packed_logprobs), partial(learn, repeated_logp
 WAYS = {
     "draw": {
         "ours": Way(draw_ours),
-        "generate on repeated prompts": Way(partial(draw_by_generate, repeat=True), plain_attention=True),
-        "generate with num_return_sequences": Way(partial(draw_by_generate, repeat=False), plain_attention=True),
+        "generate on repeated prompts": Way(partial(draw_by_generate, repeat=True), plain=True),
+        "generate with num_return_sequences": Way(partial(draw_by_generate, repeat=False), plain=True),
     },
     "learn": {
         "ours": Way(PACKED),
-        "ours, dense mask": Way(PACKED, plain_attention=True),
+        "ours, dense mask": Way(PACKED, plain=True),
         "ours, checkpointed": Way(PACKED, checkpointed=True),
-        "repeated rows": Way(REPEATED, plain_attention=True),
-        "repeated rows, vision once": Way(
-            partial(learn, partial(repeated_logprobs, vision_once=True)), plain_attention=True
-        ),
-        "repeated rows, checkpointed": Way(REPEATED, plain_attention=True, checkpointed=True),
+        "repeated rows": Way(REPEATED, plain=True),
+        "repeated rows, vision once": Way(partial(learn, partial(repeated_logprobs, vision_once=True)), plain=True),
+        "repeated rows, checkpointed": Way(REPEATED, plain=True, checkpointed=True),
     },
     "step": {
         "ours": Way(step_ours),
         "ours, checkpointed": Way(partial(step_ours, checkpointed=True)),
-        "TRL": Way(step_trl, plain_attention=True),
-        "TRL, checkpointed": Way(partial(step_trl, checkpointed=True), plain_attention=True),
+        "TRL": Way(step_trl, plain=True),
+        "TRL, checkpointed": Way(partial(step_trl, checkpointed=True), plain=True),
     },
     "head": {"ours": Way(head), "log_softmax of all logits": Way(partial(head, plain=True))},
     "rewards": {"ours": Way(score_boxes)},
@@ -356,6 +355,7 @@ class BenchOptions:
     """Options."""
 
     rows: list[str] = option(list(WAYS), "rows to measure")
+    ways: list[str] = option([], "only these ways of the rows, as ours TRL")
     workloads: list[str] = option(["image"], f"workloads of draw, learn and step, of {', '.join(WORKLOADS)}")
     repeats: int = option(3, "processes per cell", above=0)
     model: str = option("", "tiny, small, 3b, a directory or a hub name; by default 3b on a GPU, small on a CPU")
@@ -367,10 +367,12 @@ class BenchConfig(BenchOptions):
     """Time and memory of ours, plain Hugging Face and TRL (if it is installed) on the same work."""
 
     GROUPS: ClassVar[tuple[type, ...]] = (BenchOptions,)
+    PROGRAM: ClassVar[str] = "-m tools.bench"
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        for option_name, known in (("rows", WAYS), ("workloads", WORKLOADS)):
+        ways = dict.fromkeys(way for row in WAYS.values() for way in row)
+        for option_name, known in (("rows", WAYS), ("ways", ways), ("workloads", WORKLOADS)):
             for name in getattr(self, option_name):
                 if name not in known:
                     raise ValueError(f"{option_name}: {name!r} is unknown: choose among {', '.join(known)}")
@@ -419,7 +421,8 @@ def plan(config: BenchConfig, model: str, folder: Path, device: str) -> list[Job
     jobs = []
     for row in config.rows:
         for name in ["-"] if row in ("head", "rewards") else config.workloads:
-            jobs += [Job(row, name, way, model, folder / f"{name}.jsonl", device) for way in WAYS[row]]
+            ways = [way for way in WAYS[row] if not config.ways or way in config.ways]
+            jobs += [Job(row, name, way, model, folder / f"{name}.jsonl", device) for way in ways]
     return jobs
 
 

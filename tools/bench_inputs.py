@@ -33,12 +33,13 @@ class Workload(NamedTuple):
     num_tokens: int  # C
 
 
-WORKLOADS = {  # words and chat template add 24 tokens to the image's: P is 924, 924, 924, 313, 124 and 40
+WORKLOADS = {  # words and chat template add 24 tokens to the image's: P is 924, 924, 924, 313, 124, 424 and 40
     "image": Workload(1, 30, 8, 64),
     "image128": Workload(1, 30, 8, 128),
     "image256": Workload(1, 30, 8, 256),
     "long": Workload(1, 17, 8, 1024),
     "many": Workload(16, 10, 8, 64),
+    "recipe": Workload(16, 20, 8, 256),  # a step of VLM-R1's recipe, on images of 560 x 560 pixels
     "tiny": Workload(2, 4, 3, 6),  # for the tests
 }
 SIZES = {  # width, MLP, layers, heads, key heads, vocabulary; width, MLP, layers and heads of the vision tower

@@ -17,14 +17,15 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tools.fakecuda import FakeCuda
+from tools.fakecuda import FakeCuda, known_values
 
 # Kernels that one operator launches where it is not one, as ATen's sources have them.
 KERNELS = {
     "logsumexp": 9, "isin": 3, "cumsum": 2, "masked_scatter": 3, "nonzero": 4, "slice_backward": 2,
     "select_backward": 2, "_scaled_dot_product_flash_attention_backward": 3, "sort": 4, "topk": 3,
     "embedding_dense_backward": 6, "_scaled_dot_product_efficient_attention_backward": 3, "convolution_backward": 3,
-    "unique_consecutive": 4, "masked_scatter_backward": 4,
+    "unique_consecutive": 4, "masked_scatter_backward": 4, "_flash_attention_backward": 3,
+    "_fused_rms_norm_backward": 3,
 }  # fmt: skip
 WITHOUT = ("empty", "new_empty", "_unsafe_view", "lift_fresh", "record_stream", "_reshape_alias", "resize_", "set_")
 FUSED = 65_536 * 320  # elements that one launch of a fused optimizer takes
@@ -44,9 +45,26 @@ def kernels_of(function: Callable, args: tuple, result: Any) -> int:
     return KERNELS.get(name, 1)
 
 
+# Attention in segments: the places of the queries and of the two bounds among the arguments, and its matrix products.
+SEGMENTED = {
+    torch.ops.aten._flash_attention_forward: (0, 3, 4, 2),
+    torch.ops.aten._flash_attention_backward: (1, 6, 7, 5),
+}
+
+
+def segment_flops(packet: Callable, args: tuple, bounds_of: Callable = Tensor.cpu) -> int:
+    """Floating-point operations of attention in segments; torch's own formula refuses grouped heads before 2.13."""
+    query_at, *bounds_at, products = SEGMENTED[packet]
+    queries, keys = (bounds_of(args[place]).diff().long() for place in bounds_at)
+    heads, size = args[query_at].shape[-2:]
+    return 2 * products * heads * size * int((queries * keys).sum())
+
+
 def flops_of(function: Callable, args: tuple, kwargs: dict, result: Any) -> int:
     """Floating-point operations by torch's own formulas, which count the masked half of causal attention too."""
     packet = function._overloadpacket
+    if packet in SEGMENTED:
+        return segment_flops(packet, args, known_values)
     if packet not in flop_registry:
         return 0
     given = args[:2] if function in (torch.ops.aten.mm.dtype, torch.ops.aten.bmm.dtype) else args

@@ -109,9 +109,11 @@ class FakeCuda(TorchDispatchMode):
         if pretend:
             pretend(True)
             self._stack.callback(pretend, False)
-            # Without CUDA's kernel autograd would take this one apart, and count its parts.
+            # Without CUDA's kernels autograd would take these apart, and count their parts.
             library = self._stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
             library.impl("silu_backward", torch.empty_like, "CUDA")
+            library.impl("_fused_rms_norm", _rms_norm, "CUDA")
+            library.impl("_fused_rms_norm_backward", _rms_norm_backward, "CUDA")
         for owner, replacements in _patches(self).items():
             self._stack.enter_context(patch.multiple(owner, **replacements))
         lift = torch._C._only_lift_cpu_tensors()
@@ -326,6 +328,18 @@ def _patches(mode: FakeCuda) -> dict[Any, dict[str, Any]]:
         FakeTensor: {"tolist": tolist},
         F: {"scaled_dot_product_attention": _attention},
     }
+
+
+def _rms_norm(states: Tensor, shape: list[int], weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """A norm in one kernel: its output, and the fp32 factor of each row that it keeps."""
+    return torch.empty_like(states), states.new_empty((*states.shape[:-1], 1), dtype=torch.float32)
+
+
+def _rms_norm_backward(
+    grad: Tensor, states: Tensor, shape: list[int], factors: Tensor, weight: Tensor, mask: list
+) -> Any:
+    """The gradients of its input and of its weight."""
+    return torch.empty_like(states), torch.empty_like(weight)
 
 
 def _attention(

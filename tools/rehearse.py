@@ -39,10 +39,8 @@ from infra.optim import apply_gradients, clip_gradients, make_optimizers
 from infra.parallel import World, drawing, shard_model
 from infra.policy import put_adapters
 from infra.run import Run
-from model.attention import use_shared_prefix
 from model.packing import pack_row
-from model.vision import use_segments
-from model.vlm import Prompt, checkpoint_activations, trainable
+from model.vlm import Prompt, checkpoint_activations, trainable, use_own_layers
 from rollout import (
     ON_GPU,
     Decoding,
@@ -123,8 +121,7 @@ def build_model(case: Case, config: TrainConfig, *, trained: bool) -> nn.Module:
         model = AutoModelForImageTextToText.from_config(
             model_config(case.size), dtype=dtype, attn_implementation="sdpa"
         ).eval()
-    use_shared_prefix(model)
-    use_segments(model.model.visual.blocks)
+    use_own_layers(model)
     if not trained:
         return model.requires_grad_(False)
     if config.gradient_checkpointing:
