@@ -63,8 +63,9 @@ def response_ids(processor: ProcessorMixin, prompt: Prompt, response: str) -> Te
         if answer_boxes(answer, bare=True) and answer.startswith("[") and not answer.startswith("[{"):
             answer = json.dumps({"bbox_2d": json.loads(answer)})
     question = prompt.sample.question.replace(IMAGE_MARK, "").strip()
-    texts = {"{answer}": answer, "{question}": question}
-    text = re.sub(r"\{answer\}|\{question\}", lambda match: texts[match[0]], response)
+    texts = {f"{{{key}}}": value for key, value in prompt.sample.extra.items() if isinstance(value, str)}
+    texts |= {"{answer}": answer, "{question}": question}
+    text = re.sub("|".join(map(re.escape, texts)), lambda match: texts[match[0]], response)
     ids = processor.tokenizer([text], add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     return torch.cat([ids, ids.new_tensor([processor.tokenizer.eos_token_id])])
 

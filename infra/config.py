@@ -345,7 +345,10 @@ class ImitationOptions:
     learning_rate: float = option(
         1e-5, "peak learning rate, ten times the default with LoRA; the paper uses 1e-6", above=0
     )
-    response: str = option("<answer>{answer}</answer>", "text to imitate, with {answer} and, if wanted, {question}")
+    response: str = option(
+        "<answer>{answer}</answer>",
+        "text to imitate: {answer} and, if wanted, {question} or a text field of the record",
+    )
     reward: str = option("iou", "reward that evaluation reports, where the data names none")
 
 

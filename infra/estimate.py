@@ -13,6 +13,7 @@ from infra.config import RunConfig
 from infra.parallel import World, compute_dtype
 from model.linear_attention import delta_nets
 from model.logprobs import CHUNK_LOGITS
+from model.mlp import is_lean
 from model.vlm import DECODER_LAYERS, family_of, trainable
 from rollout import PREFILL_TOKENS, tower_is_frozen
 
@@ -151,12 +152,14 @@ def _exchanged(model: nn.Module, world: World, width: int) -> tuple[float, float
 def _kept(block: nn.Module, stream: int, config: RunConfig) -> int:
     """Numbers that the backward pass keeps of a token, or of a patch, in one block; `stream` is the block's width.
 
-    They are what its linear layers return, what activation and attention make of that, and the streams into and out of
-    its norms; of a norm that model/norms.py leaves alone also the input in fp32, and the output before its weight.
+    They are what its linear layers return, what attention and MLP make of that (nothing, if model/mlp.py made the MLP
+    lean), and the streams into and out of its norms; of a norm that model/norms.py leaves alone also the input in fp32
+    and the output before its weight.
     """
     linear = sum(module.out_features for module in block.modules() if isinstance(module, nn.Linear))
     slow = [m for m in block.modules() if type(m).__name__.endswith("RMSNorm") and "forward" not in vars(m)]
-    return 2 * linear + (1 if config.lora_rank else 2) * len(slow) * stream
+    lean = sum(m.gate_proj.out_features + m.up_proj.out_features for m in block.modules() if is_lean(m))
+    return 2 * linear - lean + (1 if config.lora_rank else 2) * len(slow) * stream
 
 
 def _kept_by_experts(text: PreTrainedConfig) -> int:

@@ -1,16 +1,11 @@
-"""A vision tower's attention in one kernel call per block, and its MLPs at a width that GPUs like.
+"""Attention of a vision tower in one kernel call per block, where Hugging Face makes one per window or image.
 
 A tower's patches see those of their own window (Qwen2.5-VL) or image alone. Under sdpa transformers cuts them into
 segments on the host and calls a kernel for each: 900 image tokens of a 3B model take 1,796 calls and 96 waits for the
 GPU in one forward pass. Under an attention whose name contains "flash" it passes the bounds of the segments instead.
 
-The MLPs of Qwen2.5-VL's tower have 3,420 hidden units. That is no multiple of 8, so cuBLAS has no fast kernel for them:
-on an H200 these products took a third of the time in which prompts are read. Four units of zeros more change nothing.
-
 Shapes: T patches, H heads, D their size, n segments of L patches.
 """
-
-from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -34,26 +29,6 @@ def use_segments(blocks: nn.ModuleList) -> None:
     AttentionInterface.register(NAME, segment_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     attention.config._attn_implementation = NAME  # one config for all blocks
-
-
-def pad_mlps(blocks: nn.ModuleList) -> None:
-    """Lets the tower's MLPs compute with a multiple of 8 hidden units, where they have another number."""
-    for block in blocks:
-        mlp = getattr(block, "mlp", None)
-        if all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")) and mlp.gate_proj.out_features % 8:
-            mlp.forward = MethodType(padded_mlp, mlp)
-
-
-def padded_mlp(mlp: nn.Module, states: Tensor) -> Tensor:
-    """The forward of a gated MLP, with hidden units of zeros up to a multiple of 8."""
-    extra = -mlp.gate_proj.out_features % 8
-    gate, up = (
-        F.linear(
-            states, F.pad(layer.weight, (0, 0, 0, extra)), None if layer.bias is None else F.pad(layer.bias, (0, extra))
-        )
-        for layer in (mlp.gate_proj, mlp.up_proj)
-    )
-    return F.linear(mlp.act_fn(gate) * up, F.pad(mlp.down_proj.weight, (0, extra)), mlp.down_proj.bias)
 
 
 def segment_attention(

@@ -35,9 +35,10 @@ from model.families import (  # noqa: F401, some for others to import from here
 )
 from model.linear_attention import use_shared_states
 from model.lora import base_of, is_adapter, load_adapter
+from model.mlp import use_lean_mlps
 from model.norms import fuse_norms
 from model.packing import layer_problem
-from model.vision import pad_mlps, use_segments
+from model.vision import use_segments
 
 VISION_MARKS = ("<img>", "</img>", "<|begin_of_image|>", "<|end_of_image|>")  # vision tokens that no config names
 
@@ -100,9 +101,8 @@ def use_own_layers(model: PreTrainedModel) -> None:
     """Gives the model attention over a shared prompt, and layers that compute what theirs do in fewer kernels."""
     use_shared_prefix(model)
     use_shared_states(model)
-    blocks = model.get_submodule(family_of(model.config.model_type).vision_blocks)
-    use_segments(blocks)
-    pad_mlps(blocks)
+    use_segments(model.get_submodule(family_of(model.config.model_type).vision_blocks))
+    use_lean_mlps(model)
     fuse_norms(model)
 
 

@@ -95,7 +95,7 @@ def test_every_rank_answers_its_share_of_the_samples(checkpoint, scenes, monkeyp
 
 
 def test_detections_are_scored_in_pixels_of_the_original_image(checkpoint, tmp_path, monkeypatch):
-    data = toy.scenes.write_detection_split(tmp_path, "detect", 12, seed=1)
+    data = toy.scenes.write_detection_split(tmp_path, "detect", 12, seed=2)
     samples = read_samples(data, tmp_path)
     answers = {s.question: s.answer for s in samples}
     model, processor = load_model(checkpoint, min_pixels=256)

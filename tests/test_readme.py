@@ -30,9 +30,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
 README, TRAINING, METRICS = PAGES["README.md"], PAGES["docs/training.md"], PAGES["docs/metrics.md"]
 COMMANDS = {"train.py": TrainConfig, "sft.py": SftConfig, "eval.py": EvalConfig}
-FOLDERS = ("model", "infra", "metrics", "toy", "tools")
+FOLDERS = ("model", "infra", "metrics", "toy", "tools", "tools/findings")
 # Options of torchrun and srun, and one that every command has.
 FOREIGN = set("standalone nnodes nproc_per_node rdzv_backend rdzv_endpoint nodes ntasks-per-node help".split())
+# Options of the tools that parse their own: tools.card, tools.findings, tools.rehearse.
+FOREIGN |= set("tokens sequences prompts profile quick jobs output_dir gpus".split())
 
 
 def section(page, title):

@@ -426,7 +426,9 @@ def test_a_text_task_without_images_trains_and_reports_its_reward(checkpoint, tm
 
 
 def test_detection_rewards_train_end_to_end(checkpoint, tmp_path, monkeypatch):
-    toy.scenes.write_detection_split(tmp_path, "train", 8, seed=1)
+    path = toy.scenes.write_detection_split(tmp_path, "train", 8, seed=1)
+    records = [json.loads(line) | {"accu_reward_method": "odLength"} for line in path.read_text().splitlines()]
+    path.write_text("\n".join(map(json.dumps, records)))
     toy.scenes.write_detection_split(tmp_path, "test", 3, seed=2)
     real_pay = train.pay
 

@@ -3,12 +3,10 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 
 import toy
 from model import vision
-from model.vision import attend_segments, pad_mlps, padded_mlp, use_segments
+from model.vision import attend_segments, use_segments
 
 
 @pytest.mark.parametrize("bounds", [[0, 12], [0, 4, 8, 12], [0, 5, 7, 12, 13]], ids=str)
@@ -54,27 +52,6 @@ def test_bounds_that_are_ignored_fail_the_comparison(monkeypatch):
 def test_a_tower_without_segments_keeps_its_attention():
     blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
     use_segments(blocks)
-
-
-def test_hidden_units_of_zeros_change_nothing():
-    torch.manual_seed(0)
-    config = Qwen2_5_VLVisionConfig(hidden_size=16, intermediate_size=20)
-    for bias in (True, False):
-        mlp, states = Qwen2_5_VLMLP(config, bias=bias).double(), torch.randn(5, 16, dtype=torch.float64)
-        assert_close(padded_mlp(mlp, states), mlp(states), rtol=0, atol=1e-14)
-        outs = [padded_mlp(mlp, states), mlp(states)]
-        gradients = [torch.autograd.grad(out.square().sum(), list(mlp.parameters())) for out in outs]
-        assert_close(*gradients, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("units, padded", [(20, True), (24, False)])
-def test_only_mlps_of_another_width_than_a_multiple_of_8_are_padded(units, padded):
-    mlp = Qwen2_5_VLMLP(Qwen2_5_VLVisionConfig(hidden_size=16, intermediate_size=units))
-    block, other = torch.nn.Module(), torch.nn.Linear(2, 2)
-    block.mlp = mlp
-    pad_mlps(torch.nn.ModuleList([block, other]))
-    assert ("forward" in vars(mlp)) is padded and "forward" not in vars(other)
-    assert mlp(torch.randn(3, 16)).shape == (3, 16)
 
 
 @pytest.mark.cuda

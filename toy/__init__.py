@@ -6,7 +6,8 @@ template, a tokenizer, images and JSONL files in VLM-R1's format. So the toy tak
 
 `weights/` holds the start. SFT on loose boxes (every side pushed out by 5 to 45% of the object's size) taught it the
 format and where the object is, but not where its edges are. Imitating loose boxes cannot tighten them; a reward
-computed from the true box can. docs/toy.md tells the whole story.
+computed from the true box can. docs/toy.md tells the whole story. `detection/` holds a second start, which finds all
+objects of the classes that a question asks for, and lists too many of those that are not there.
 
 This file imports neither numpy nor torch, because the commands import it before they parse their options.
 """
@@ -18,7 +19,10 @@ HOME = Path(__file__).resolve().parent
 MODEL = HOME / "weights"
 DATA = HOME / "data"
 FILES = {name: DATA / f"{name}.jsonl" for name in ("train", "test", "pairs", "relations")}
+DETECTION = HOME / "detection"
+DETECTION_FILES = {name: DATA / f"detection_{name}.jsonl" for name in ("train", "easy", "test")}
 RESPONSE = "<think>{question}</think><answer>{answer}</answer>"
+AT_ONCE = " at once"  # a detection question that ends so gets an answer with an empty thought
 MIN_PIXELS, MAX_PIXELS = 16 * 16, 256 * 256  # a scene of 64 x 64 keeps its size
 
 # The options that each command takes if no --model is given; the commands' own defaults are VLM-R1's recipe.
@@ -46,11 +50,29 @@ PRESETS = {
     "eval": {**_SHARED, "data": [str(FILES["test"])], "batch_size": 64},
 }
 
+# What train.py takes for a detection run on the start in detection/, whose answers take up to 100 tokens.
+DETECTION_OPTIONS = {
+    **PRESETS["train"],
+    "model": str(DETECTION),
+    "data": str(DETECTION_FILES["train"]),
+    "eval_data": [str(DETECTION_FILES["test"])],
+    "prompts_per_step": 8,
+    "max_completion_tokens": 100,
+    "rewards": ["od_length", "format"],
+}
+AT_ONCE_TEMPLATE = "{question}" + AT_ONCE
+
 
 def ensure_data(files: Iterable[str]) -> None:
     """Writes the toy's data if one of these data files belongs to it and is missing."""
-    missing = [path for path in FILES.values() if not path.exists()]
-    if any(Path(file).resolve() in missing for file in files):
-        from toy.scenes import write_data  # here, since it takes numpy and Pillow
+    wanted = {Path(file).resolve() for file in files}
+    missing, missing_detection = (
+        [path for path in group.values() if path in wanted and not path.exists()] for group in (FILES, DETECTION_FILES)
+    )
+    if missing or missing_detection:
+        from toy.scenes import write_data, write_detection_data  # here, since it takes numpy and Pillow
 
-        write_data()
+        if missing:
+            write_data()
+        if missing_detection:
+            write_detection_data()

@@ -1,21 +1,25 @@
-"""How the toy's start is made: `python -m toy start DIRECTORY`, two runs of sft.py, `python -m toy ship CHECKPOINT`.
+"""How the toy's starts are made: `python -m toy start DIRECTORY`, two runs of sft.py, `python -m toy ship CHECKPOINT`.
 
-docs/toy.md has the commands between the two.
+The detection start takes `python -m toy detect DIRECTORY CHECKPOINT` first. docs/toy.md has the commands in between.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from model.vlm import load_model
-from toy import FILES, MAX_PIXELS, MIN_PIXELS, MODEL, ensure_data
-from toy.model import build_model, build_processor
-from toy.scenes import Recipe, write_split
+from toy import DETECTION, DETECTION_FILES, FILES, MAX_PIXELS, MIN_PIXELS, MODEL, ensure_data
+from toy.model import build_model, build_processor, with_detection_tokens
+from toy.scenes import ClassRecipe, Recipe, write_detection_split, write_split
 
 USAGE = """\
-usage: python -m toy start DIRECTORY    write an untrained model and scenes with true and with loose boxes
-       python -m toy ship CHECKPOINT    make a checkpoint the toy's start, in toy/weights/"""
+usage: python -m toy start DIRECTORY              write an untrained model, and scenes with true and with loose boxes
+       python -m toy detect DIRECTORY CHECKPOINT  write a grounding model with more tokens, and scenes for detection
+       python -m toy ship CHECKPOINT              make a checkpoint the toy's start, in toy/weights/
+       python -m toy ship CHECKPOINT detection    make it the detection start, in toy/detection/"""
 
 
 def write_start(directory: Path) -> None:
@@ -28,22 +32,47 @@ def write_start(directory: Path) -> None:
     processor.save_pretrained(directory / "untrained")
 
 
+def write_detection_start(directory: Path, checkpoint: Path) -> None:
+    """Writes what the detection start is made from: true and eager scenes, and a grounding model with more tokens."""
+    ensure_data([str(DETECTION_FILES["test"])])  # sft.py evaluates on it
+    recipe = ClassRecipe(questions=3, easy=0.4, thoughts=True)
+    crowded = replace(recipe, fewest=2, most=4)
+    write_detection_split(directory, "crowded", 12000, seed=20, recipe=crowded)
+    write_detection_split(directory, "true", 8000, seed=20, recipe=recipe)
+    write_detection_split(directory, "eager", 6000, seed=21, recipe=replace(recipe, easy=0.2, eager=True))
+    processor = build_processor(detection=True)
+    model, _ = load_checked(checkpoint)
+    with_detection_tokens(model, processor.tokenizer).save_pretrained(directory / "grounding")
+    processor.save_pretrained(directory / "grounding")
+
+
 def ship(checkpoint: Path, directory: Path = MODEL) -> None:
     """Writes a checkpoint as the start that the repository ships: in bf16, with nothing that loading does not need."""
-    if not (checkpoint / "config.json").is_file():
-        raise SystemExit(f"error: {checkpoint} is no checkpoint: it holds no config.json; give OUT/checkpoints/step-N")
-    model, processor = load_model(str(checkpoint), dtype=torch.bfloat16, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+    model, processor = load_checked(checkpoint, dtype=torch.bfloat16)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
 
 
+def load_checked(
+    checkpoint: Path, dtype: torch.dtype = torch.float32
+) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
+    """The model and the processor of a checkpoint of the toy."""
+    if not (checkpoint / "config.json").is_file():
+        raise SystemExit(f"error: {checkpoint} is no checkpoint: it holds no config.json; give OUT/checkpoints/step-N")
+    return load_model(str(checkpoint), dtype=dtype, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+
+
 def main(argv: list[str]) -> None:
-    """Runs one of the two commands."""
+    """Runs one of the commands."""
     match argv:
         case ["start", directory]:
             write_start(Path(directory))
+        case ["detect", directory, checkpoint]:
+            write_detection_start(Path(directory), Path(checkpoint))
         case ["ship", checkpoint]:
             ship(Path(checkpoint))
+        case ["ship", checkpoint, "detection"]:
+            ship(Path(checkpoint), DETECTION)
         case _:
             raise SystemExit(USAGE)
 

@@ -13,7 +13,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from model.vlm import image_only
-from toy import MAX_PIXELS, MIN_PIXELS
+from toy import AT_ONCE, MAX_PIXELS, MIN_PIXELS
 from toy.scenes import COLOURS, RELATIONS, SHAPES, SIDE, SIZES
 
 SPECIAL = [
@@ -26,6 +26,19 @@ SPECIAL = [
     "<|video_pad|>",
 ]
 ANSWER_PARTS = ["<think>", "</think>", "<answer>", "</answer>", '{"bbox_2d": [', "]}", ", "]
+# What a detection answer adds, each with the token of the toy whose part it plays there: its embedding starts as that.
+# So a label followed by its box looks like a thought followed by its box, which the toy's start has learned to write.
+DETECTION_PARTS = {
+    "all of: ": "the",
+    AT_ONCE: "\n",
+    "None": "the",
+    "```json\n[": "<answer>",
+    "]\n```": "]}",
+    '{"label": "': "the",
+    '", ': "</think>",
+    '"bbox_2d"': "<answer>",
+    ": [": '{"bbox_2d": [',
+}
 WORDS = ["the", "user", "assistant", *SIZES, *COLOURS, *SHAPES, *" ".join(RELATIONS).split()]  # "of" is in it twice
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
@@ -34,17 +47,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(*, detection: bool = False) -> PreTrainedTokenizerFast:
     """One token per word (with the space before it), per number up to 64, per tag, and per character of other text."""
     pieces = [*SPECIAL, "<unk>", *ANSWER_PARTS]
     for word in WORDS:
         pieces += [word, f" {word}"]
     pieces += [str(number) for number in range(SIDE + 1)]
     pieces += ["\n", *map(chr, range(32, 127))]  # all that is printable in ASCII
+    parts = [*DETECTION_PARTS, *ANSWER_PARTS] if detection else ANSWER_PARTS
+    pieces += parts
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
 
-    tags = "|".join(map(re.escape, ANSWER_PARTS))
+    tags = "|".join(map(re.escape, parts))
     words = "|".join(dict.fromkeys(WORDS))
     numbers = "|".join(str(number) for number in range(SIDE + 1))
     # A word or a number counts only where it ends: "these" is not "the" and two letters, and 640 is not 64 and 0.
@@ -62,12 +77,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> Qwen2_5_VLProcessor:
+def build_processor(*, detection: bool = False) -> Qwen2_5_VLProcessor:
     """Qwen's processor with patches of 8 x 8 pixels, of which 2 x 2 become one token: a scene takes 16."""
     images = Qwen2VLImageProcessorPil(
         patch_size=8, temporal_patch_size=2, merge_size=2, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS
     )
-    return image_only(Qwen2_5_VLProcessor)(images, build_tokenizer(), chat_template=CHAT_TEMPLATE)
+    return image_only(Qwen2_5_VLProcessor)(images, build_tokenizer(detection=detection), chat_template=CHAT_TEMPLATE)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
@@ -113,4 +128,18 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2_5_VL
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
+    return model
+
+
+def with_detection_tokens(
+    model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A grounding model that also has the tokens of DETECTION_PARTS; it is changed in place."""
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    # Labels have no "the", so their first word lacks the space, a token that grounding has never used.
+    alike = DETECTION_PARTS | {colour: f" {colour}" for colour in COLOURS}
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        for new, old in alike.items():
+            weight[tokenizer.convert_tokens_to_ids(new)] = weight[tokenizer.convert_tokens_to_ids(old)]
     return model

@@ -6,7 +6,8 @@ the same seed writes the same files.
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from toy import DATA
+from toy import AT_ONCE, DATA
 
 SIDE = 64  # width and height of a scene
 COLOURS = {
@@ -31,6 +32,7 @@ SIZES = {"small": (10, 14), "large": (20, 28)}  # smallest and largest width and
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 CLEAR_DISTANCE = 6
 UNSEEN_PAIRS = frozenset({("red", "triangle"), ("blue", "circle"), ("yellow", "square")})  # in the split "pairs" only
+CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES if (colour, shape) not in UNSEEN_PAIRS)
 
 # The attributes that a question names, with the share of questions that try them first.
 NAMED_ATTRIBUTES = (("colour", "shape"), ("size", "colour", "shape"), ("shape",), ("size", "shape"))
@@ -53,6 +55,10 @@ class Shape:
         x1, y1, x2, y2 = self.box
         return (x1 + x2) / 2, (y1 + y2) / 2
 
+    @property
+    def label(self) -> str:
+        return f"{self.colour} {self.shape}"
+
     def named_by(self, attributes: Iterable[str]) -> str:
         """The words for these attributes, as in "small red circle"."""
         return " ".join(getattr(self, attribute) for attribute in attributes)
@@ -69,12 +75,24 @@ class Recipe:
     loose: bool = False  # give loose boxes as the truth
 
 
+@dataclass(frozen=True)
+class ClassRecipe:
+    """What the questions of a detection split are like, and its answers."""
+
+    fewest: int = 1  # shapes in a scene
+    most: int = 3
+    questions: int = 1  # about each scene
+    easy: float = 0.0  # share of the questions that ask for one class that is there, and for none that is not
+    eager: bool = False  # list classes that are not there, and boxes too many, as the truth
+    thoughts: bool = False  # give each record a thought, for the start to imitate
+
+
 # ---- scenes --------------------------------------------------------------------------------------------------------
 
 
-def draw_scene(rng: np.random.Generator, *, fewest: int = 2, unseen_pairs: bool = False) -> list[Shape]:
-    """Up to four shapes that do not touch; with `unseen_pairs` the first one, and only that, is an unseen pair."""
-    count = rng.integers(fewest, 5)
+def draw_scene(rng: np.random.Generator, *, fewest: int = 2, most: int = 4, unseen_pairs: bool = False) -> list[Shape]:
+    """Up to `most` shapes that do not touch; with `unseen_pairs` the first one, and only that, is an unseen pair."""
+    count = rng.integers(fewest, most + 1)
     shapes: list[Shape] = []
     while len(shapes) < count:
         wants_unseen_pair = unseen_pairs and not shapes
@@ -202,28 +220,68 @@ def _draw_questions(rng: np.random.Generator, recipe: Recipe) -> tuple[list[Shap
             return shapes, questions
 
 
-def write_detection_split(directory: Path, name: str, num_scenes: int, seed: int, *, absent: int = 1) -> Path:
-    """Writes a split that asks for all objects of one or two classes in the scene, and of `absent` that are not in it.
-
-    One question in five asks for absent classes alone, and its answer is None.
-    """
+def write_detection_split(
+    directory: Path, name: str, num_scenes: int, seed: int, recipe: ClassRecipe | None = None
+) -> Path:
+    """Writes a split whose questions ask for all objects of some classes; where there is none the answer is None."""
+    recipe = recipe or ClassRecipe()
     rng = np.random.default_rng(seed)
-    classes = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     records = []
-    for number in range(num_scenes):
-        shapes = draw_scene(rng)
-        labels = [shape.named_by(("colour", "shape")) for shape in shapes]
-        present = rng.permutation(sorted(set(labels)))
-        num_present = 0 if rng.random() < 0.2 else rng.integers(1, 3)
-        missing = rng.permutation([label for label in classes if label not in labels])[:absent]
-        asked = [str(label) for label in rng.permutation([*present[:num_present], *missing])]
+    for number in tqdm(range(num_scenes), f"scenes of {name}", delay=5):
+        shapes = draw_scene(rng, fewest=recipe.fewest, most=recipe.most)
         image = _write_image(directory, f"{name}/{number:05d}.png", paint_scene(rng, shapes))
-        found = [{"bbox_2d": s.box, "label": label} for s, label in zip(shapes, labels, strict=True) if label in asked]
-        answer = f"```json\n{json.dumps(found)}\n```" if found else "None"
-        record = {"id": f"{name}-{number:05d}", "image": image}
-        record["conversations"] = _conversation("all of: " + ", ".join(asked), answer)
-        records.append(record | {"accu_reward_method": "odLength"})
+        for _ in range(recipe.questions):
+            asked = _draw_classes(rng, shapes, recipe)
+            found = eager_items(rng, shapes, asked) if recipe.eager else true_items(shapes, asked)
+            answer = f"```json\n{json.dumps(found)}\n```" if found else "None"
+            record = {"id": f"{name}-{len(records):05d}", "image": image}
+            question = "all of: " + ", ".join(asked)
+            if recipe.thoughts:
+                ending, record["thought"] = _draw_thought(rng, asked, [item["label"] for item in found])
+                question += ending
+            records.append(record | {"conversations": _conversation(question, answer)})
     return _write_records(directory / f"{name}.jsonl", records)
+
+
+def _draw_classes(rng: np.random.Generator, shapes: list[Shape], recipe: ClassRecipe) -> list[str]:
+    """The classes that a question asks for, in random order; one question in five of the hard ones has none of them."""
+    labels = {shape.label for shape in shapes}
+    present = rng.permutation(sorted(labels))
+    if rng.random() < recipe.easy:
+        return [str(present[0])]
+    num_present = 0 if rng.random() < 0.2 else rng.integers(1, 3)
+    absent = rng.permutation([label for label in CLASSES if label not in labels])[: rng.integers(1, 3)]
+    return [str(label) for label in rng.permutation([*present[:num_present], *absent])]
+
+
+def true_items(shapes: list[Shape], asked: list[str]) -> list[dict]:
+    """The labelled boxes of all shapes of the classes asked for, class by class as asked."""
+    # The label comes first: whoever has read a class only needs to find its box. VLM-R1's files write the box first.
+    return [{"label": s.label, "bbox_2d": list(s.box)} for label in asked for s in shapes if s.label == label]
+
+
+def eager_items(rng: np.random.Generator, shapes: list[Shape], asked: list[str]) -> list[dict]:
+    """The labelled boxes as an eager annotator draws them, who would rather name too much than miss something.
+
+    Six absent classes in ten get a box, that of the shape most like it. One class in seven gets one box too many.
+    """
+    items = []
+    for label in asked:
+        found = true_items(shapes, [label])
+        others = [shapes[index] for index in rng.permutation(len(shapes)) if shapes[index].label != label]
+        if rng.random() < (0.15 if found else 0.6) and others:
+            shared = [len(set(other.label.split()) & set(label.split())) for other in others]
+            found.append({"label": label, "bbox_2d": list(others[shared.index(max(shared))].box)})
+        items += found
+    return items
+
+
+def _draw_thought(rng: np.random.Generator, asked: list[str], listed: list[str]) -> tuple[str, str]:
+    """How the question ends, and the thought: empty if it ends so, the classes asked for, or those that are listed."""
+    chance = rng.random()
+    if chance < 0.25:
+        return AT_ONCE, ""
+    return "", ", ".join(asked if chance < 0.625 else dict.fromkeys(listed)) or "None"
 
 
 def _conversation(question: str, answer: str) -> list[dict]:
@@ -244,18 +302,30 @@ def _write_records(path: Path, records: list[dict]) -> Path:
 
 def write_data(directory: Path = DATA) -> None:
     """Writes the splits of the default run, in a few seconds; what exists stays as it is."""
+    with _moving_to(directory) as partial:
+        write_split(partial, "train", 3000, seed=1)
+        write_split(partial, "test", 256, seed=2)
+        write_split(partial, "pairs", 256, seed=3, recipe=Recipe(unseen_pairs=True))
+        write_split(partial, "relations", 256, seed=4, recipe=Recipe(relations=1.0))
+
+
+def write_detection_data(directory: Path = DATA) -> None:
+    """Writes the splits of a detection run, in a few seconds; what exists stays as it is."""
+    with _moving_to(directory) as partial:
+        write_detection_split(partial, "detection_train", 2000, seed=5)
+        write_detection_split(partial, "detection_easy", 2000, seed=6, recipe=ClassRecipe(easy=1.0))
+        write_detection_split(partial, "detection_test", 256, seed=7)
+
+
+@contextmanager
+def _moving_to(directory: Path) -> Iterator[Path]:
+    """A directory whose files move to the given one at the end, but for those that are there already."""
     directory.mkdir(parents=True, exist_ok=True)
     # Several processes may write at once: each writes into a directory of its own and moves what is complete.
     with tempfile.TemporaryDirectory(dir=directory) as partial:
-        splits = (
-            write_split(Path(partial), "train", 3000, seed=1),
-            write_split(Path(partial), "test", 256, seed=2),
-            write_split(Path(partial), "pairs", 256, seed=3, recipe=Recipe(unseen_pairs=True)),
-            write_split(Path(partial), "relations", 256, seed=4, recipe=Recipe(relations=1.0)),
-        )
-        for path in splits:
-            # The images move first, so that a JSONL file never names images that are still to come.
-            _move(path.with_suffix(""), directory)
+        yield Path(partial)
+        # The images move first, so that a JSONL file never names images that are still to come.
+        for path in sorted(Path(partial).iterdir(), key=Path.is_file):
             _move(path, directory)
 
 
