@@ -15,19 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
+PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 def use_lean_mlps(model: nn.Module) -> None:
-    """Gives the model's gated MLPs this forward."""
+    """Gives the model's gated MLPs this forward; GLM's projector, which does more before, has further parts."""
     for module in model.modules():
-        if all(hasattr(module, name) for name in PARTS):
+        if {name for name, _ in module.named_children()} == PARTS:
             module.forward = MethodType(lean_mlp, module)
 
 
 def is_lean(module: nn.Module) -> bool:
     """Whether this is a gated MLP that has been given this forward."""
-    return "forward" in vars(module) and all(hasattr(module, name) for name in PARTS)
+    return "forward" in vars(module) and {name for name, _ in module.named_children()} == PARTS
 
 
 def lean_mlp(mlp: nn.Module, states: Tensor) -> Tensor:

@@ -427,7 +427,9 @@ def test_plain_transformers_loads_a_checkpoint(
     for prompt, expected in zip(prompts, make_prompts(loaded[1], samples), strict=True):
         assert all(prompt[key].equal(expected[key]) for key in expected)
         with torch.no_grad():
-            assert in_double(again)(**prompt).logits.equal(model(**expected).logits)
+            logits = in_double(again)(**prompt).logits  # whose norms round to fp32, which ours do not
+            difference = (logits - model(**expected).logits).abs().max()
+            assert difference < 1e-4 * logits.abs().max(), (difference, logits.abs().max())
 
 
 # ---- pixels and boxes ----------------------------------------------------------------------------------------------
