@@ -23,7 +23,6 @@ import re
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from grpo import gdpo_advantages, gdpo_sums, group_advantages, grpo_loss
 from infra.dryrun import print_plan
@@ -32,6 +31,7 @@ from infra.parallel import all_gather, all_max, all_sum, drawing, gradient_scale
 from infra.plugins import NOT_RUN, RewardCall, run_rewards
 from infra.rows import Row, empty_truncated, on_host
 from infra.run import Run, start_run
+from infra.terminal import say
 from model.lora import adapters_off
 from model.vlm import Prompt
 from rollout import completion_logprobs, sample_completions, see_images, stack_groups, tower_is_frozen
@@ -288,7 +288,7 @@ def handle_reward_errors(run: Run, errors: list[str]) -> None:
     if run.config.on_reward_error == "stop":
         raise ValueError(f"{first}; mend the reward, or let such completions score 0 with --on_reward_error zero")
     if run.world.first:
-        tqdm.write(f"warning: {count:.0f} rewards count 0, the first: {first}")
+        say(f"warning: {count:.0f} rewards count 0, the first: {first}")
 
 
 # ---- score and learn -----------------------------------------------------------------------------------------------

@@ -116,17 +116,19 @@ def _learned(model: nn.Module, world: World, config: RunConfig, row: RowSize) ->
     tokens, patches = row.tokens, PATCHES * row.image_tokens
     if not any(parameter.requires_grad for parameter in blocks.parameters()):
         patches = 0  # a frozen tower keeps nothing
-    kept = tokens * (_kept(layers[0], text.hidden_size, config) + _kept_by_experts(text)) * width  # of one layer
+    numbers = [_kept(layer, text.hidden_size, config) + _kept_by_experts(text) for layer in layers]  # hybrids differ
+    kept = [tokens * width * number for number in numbers]  # of each layer
     kept_of_images = patches * _kept(blocks[0], _tower_width(model), config) * width  # of one block of the tower
     again = 0
     if config.gradient_checkpointing:  # inputs alone are kept, and one layer is computed again, beside its gradients
-        again = 1.4 * max(kept, kept_of_images)
-        kept, kept_of_images = tokens * text.hidden_size * width, patches * _tower_width(model) * width
+        again = 1.4 * max(*kept, kept_of_images)
+        kept = [tokens * width * text.hidden_size] * len(layers)
+        kept_of_images = patches * _tower_width(model) * width
     gathered, root_gradients, flight = _exchanged(model, world, width)
     head = model.get_output_embeddings().weight
     logits = 3 * 4 * min(CHUNK_LOGITS[world.device.type], tokens * len(head))
     begins = {
-        "activations of the row": len(layers) * kept,
+        "activations of the row": sum(kept),
         "activations of its images": len(blocks) * kept_of_images,
         "embeddings and head": gathered + (width * head.numel() if head.requires_grad else 0),
         "logits, or a layer's gradients": max(logits, flight + again),

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers.utils import cached_file
 
 from infra.checkpoint import (
@@ -19,6 +18,7 @@ from infra.checkpoint import (
 )
 from infra.config import RunConfig
 from infra.parallel import World
+from infra.terminal import say
 
 
 @dataclass
@@ -77,7 +77,7 @@ class CheckpointKeeper:
     def _warn(self, step: int, error: SaveFailed) -> None:
         self.num_failed += 1
         if self.world.first:
-            tqdm.write(
+            say(
                 f"warning: step {step} could not be saved: {error}. That is failure {self.num_failed} in a row. The "
                 f"run goes on and tries again at the next save; a resume would start from {self.newest()}. Make room "
                 f"in {self.directory}"
@@ -101,7 +101,7 @@ class CheckpointKeeper:
         found = sorted(self.directory.glob("step-*"))
         if not found:
             if self.world.first:
-                tqdm.write(f"{self.directory} holds no checkpoint yet: the run starts again")
+                say(f"{self.directory} holds no checkpoint yet: the run starts again")
             return 0
         state = load_training_state(found[-1], self.model, self.optimizers, self.world)
         for name, value in self.origin.items():

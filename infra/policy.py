@@ -6,12 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from infra.checkpoint import local_part
 from infra.config import RunConfig
 from infra.parallel import World, compute_dtype, shard_model
+from infra.terminal import say
 from model.lora import add_adapters, choose_layers
 from model.vlm import describe_processor, load_model, trainable
 from rollout import evaluating
@@ -34,7 +34,7 @@ def load_policy(config: RunConfig, world: World) -> tuple[nn.Module, ProcessorMi
         empty=config.dry_run or not world.first,
     )
     if world.first:
-        tqdm.write(describe_processor(processor, config.box_space))
+        say(describe_processor(processor, config.box_space))
     if config.lora_rank:
         put_adapters(model, config)
     for parameter in model.parameters():

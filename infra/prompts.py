@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from data import BadSample, Sample, mixed_indices, read_samples, step_indices
@@ -17,6 +16,7 @@ from infra.datacheck import check_data
 from infra.mix import DataFile, file_names
 from infra.parallel import World, all_sum
 from infra.runlog import append_rows, read_rows
+from infra.terminal import say
 from model.vlm import Prompt, build_prompt
 from rewards import check_truth
 
@@ -44,7 +44,7 @@ def load_run_samples(config: RunConfig, world: World) -> RunSamples:
     sizes, warnings = check_data([*sets, *eval_sets], progress=world.first)
     if world.first:
         for warning in warnings:
-            tqdm.write(f"warning: {warning}")
+            say(f"warning: {warning}")
     if eval_sets:
         limited = [seeded_sample(part, config.eval_limit, config.seed) for part in eval_sets]
         named = dict(zip(file_names([path for _, path in pairs]), limited, strict=True))
@@ -181,7 +181,7 @@ class PromptFeed:
     def _set_aside(self, index: int, error: BadSample) -> None:
         self.broken[index] = str(error)
         sample = self.samples[index]
-        tqdm.write(f"warning: {sample.source} is skipped: {error}")
+        say(f"warning: {sample.source} is skipped: {error}")
         place = {"step": self.step + 1, "rank": self.world.rank}
         append_rows(self.log, [place | {"source": sample.source, "id": sample.id, "reason": str(error)}])
         if len(self.broken) > max(2, MAX_BAD_SHARE * self.used):

@@ -1,7 +1,11 @@
 """What several test files use: a small checkpoint on disk and a few scenes in VLM-R1's format."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 from transformers.utils import logging
 
 import toy
@@ -43,3 +47,12 @@ def reward(tmp_path_factory):
     path = tmp_path_factory.mktemp("reward") / "mine.py"
     path.write_text(LENGTH_REWARD)
     return ["--rewards", f"{path}:length"]
+
+
+@pytest.fixture
+def all_in_double(monkeypatch):
+    """Keeps Hugging Face from casting to fp32, so that a float64 model is one throughout."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    double = SimpleNamespace(**vars(torch) | {"float32": torch.float64, "float": torch.float64})
+    for modeling in (modeling_qwen3_5, modeling_qwen3_5_moe):  # whose recurrence is fp32
+        monkeypatch.setattr(modeling, "torch", double)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,8 +19,6 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
-from transformers.models.qwen3_5 import modeling_qwen3_5
-from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
 import rollout
 import toy
@@ -153,15 +150,6 @@ def directory(tmp_path_factory):
 def loaded(family, directory):
     model, processor = load_model(str(directory / family), min_pixels=256, max_pixels=4096)
     return in_double(model), processor
-
-
-@pytest.fixture
-def all_in_double(monkeypatch):
-    """Keeps Hugging Face from casting to fp32, so that a float64 model is one throughout."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    double = SimpleNamespace(**vars(torch) | {"float32": torch.float64, "float": torch.float64})
-    for modeling in (modeling_qwen3_5, modeling_qwen3_5_moe):  # whose recurrence is fp32
-        monkeypatch.setattr(modeling, "torch", double)
 
 
 def in_double(model):

@@ -5,7 +5,6 @@ matter. Images, processors and checkpoints of the family are in test_families.py
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ import torch.nn.functional as F
 from helpers import relative_difference
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.models.qwen3_5 import modeling_qwen3_5
-from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
 import rollout
 from model import graphs, linear_attention, packing
@@ -52,15 +49,6 @@ def build(model_type="qwen3_5_text"):
 @pytest.fixture(scope="module", params=MLP)
 def model(request):
     return build(request.param)
-
-
-@pytest.fixture
-def all_in_double(monkeypatch):
-    """Keeps Hugging Face from casting to fp32, so that a float64 model is one throughout."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    double = SimpleNamespace(**vars(torch) | {"float32": torch.float64, "float": torch.float64})
-    for modeling in (modeling_qwen3_5, modeling_qwen3_5_moe):
-        monkeypatch.setattr(modeling, "torch", double)
 
 
 def random_ids(lengths, seed):

@@ -164,46 +164,52 @@ def print_profile(title: str, function: Callable, most: int = 25) -> None:
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str]) -> None:
-    """Prints the tables."""
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of the command."""
     parser = argparse.ArgumentParser(prog="python -m tools.card", description="How fast a GPU draws and learns.")
     parser.add_argument("size", choices=["3b", "7b", "small", "tiny"], help="of Qwen2.5-VL, or a small model")
-    parser.add_argument(
-        "--sequences", type=int, nargs="+", default=[8, 64, 128], help="drawn together (default: 8 64 128)"
-    )
-    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 4], help="of a packed row (default: 1 4)")
-    parser.add_argument("--tokens", type=int, default=256, help="of a completion (default: 256)")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[8, 64, 128], help="drawn together (8 64 128)")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 4], help="of a packed row (1 4)")
+    parser.add_argument("--tokens", type=int, default=256, help="of a completion (256)")
     parser.add_argument("--profile", action="store_true", help="also list the kernels that take longest")
     options = parser.parse_args(argv)
+    if options.profile and not torch.cuda.is_available():
+        parser.error("--profile lists a GPU's kernels, and torch finds no GPU: leave it out")
+    return options
+
+
+def print_head(size: str, model: nn.Module, prompt: Prompt, num_tokens: int, bandwidth: float, product: float) -> None:
+    """Prints what is measured, and on what."""
+    name = torch.cuda.get_device_name() if model.device.type == "cuda" else "a CPU"
+    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
+    print(f"{name}; {packages}; Qwen2.5-VL {size}, random weights in {model.dtype}.")
+    print(f"It copies {bandwidth / 1e12:.2f} TB/s and multiplies at {product / 1e12:.0f} TFLOP/s.")
+    print(f"Prompts of {prompt['input_ids'].shape[1]} tokens, {GROUP} completions of {num_tokens} tokens each.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the tables."""
+    options = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(options.size, device)
+    model, tokens = load(options.size, device), options.tokens
     prompt = build_prompt(model.config, SIDE if device.type == "cuda" else 4)
     bandwidth, product = ceilings(device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
-    print(
-        f"{name}; torch {version('torch')}, transformers {version('transformers')}; Qwen2.5-VL {options.size} in bf16,"
-    )
-    print(f"random weights. It copies {bandwidth / 1e12:.2f} TB/s and multiplies at {product / 1e12:.0f} TFLOP/s.")
-    print(f"Prompts of {prompt['input_ids'].shape[1]} tokens, {GROUP} completions of {options.tokens} tokens each.\n")
-    print(
-        "| sequences | read the prompts, ms | a token, plain, ms | a token, graph, ms | weights alone, ms | tokens/s |"
-    )
+    print_head(options.size, model, prompt, tokens, bandwidth, product)
+    print("\n| sequences | read prompts, ms | a token, plain, ms | a token, graph, ms | weights alone, ms | tokens/s |")
     print("|---" * 6 + "|")
     for sequences in options.sequences:
-        print(drawing_row(model, prompt, sequences, options.tokens, bandwidth), flush=True)
+        print(drawing_row(model, prompt, sequences, tokens, bandwidth), flush=True)
     print("\n| tokens of a row | s | TFLOP | TFLOP/s | of the product's | MFU | tokens/s | peak GB |")
     print("|---" * 8 + "|")
     for number in options.prompts:
-        print(learning_row(model, [prompt] * number, options.tokens, product, ""), flush=True)
+        print(learning_row(model, [prompt] * number, tokens, product, ""), flush=True)
+    many, row = [prompt] * max(1, options.sequences[-1] // GROUP), [prompt] * options.prompts[-1]
     if options.profile:
-        many = [prompt] * max(1, options.sequences[-1] // GROUP)
         print_profile(f"Reading {len(many)} prompts", lambda: draw(model, many, 1))
         print_profile(f"Reading them and drawing 64 tokens of {options.sequences[-1]}", lambda: draw(model, many, 64))
-        row = [prompt] * options.prompts[-1]
-        print_profile(f"Learning from {len(row)} prompts", lambda: learn(model, row, options.tokens), 40)
+        print_profile(f"Learning from {len(row)} prompts", lambda: learn(model, row, tokens), 40)
     checkpoint_activations(model.train())
-    print("\nwith gradient checkpointing:")
-    print(learning_row(model, [prompt] * options.prompts[-1], options.tokens, product, ", checkpointed"), flush=True)
+    print(learning_row(model, row, tokens, product, ", checkpointed"), flush=True)
 
 
 if __name__ == "__main__":

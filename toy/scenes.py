@@ -192,7 +192,7 @@ def write_split(directory: Path, name: str, num_scenes: int, seed: int, recipe: 
     recipe = recipe or Recipe()
     rng = np.random.default_rng(seed)
     records = []
-    for number in tqdm(range(num_scenes), f"scenes of {name}", delay=5):
+    for number in tqdm(range(num_scenes), f"scenes of {name}", delay=5, disable=None):
         shapes, questions = _draw_questions(rng, recipe)
         image = _write_image(directory, f"{name}/{number:05d}.png", paint_scene(rng, shapes))
         for question, target in questions:
@@ -227,7 +227,7 @@ def write_detection_split(
     recipe = recipe or ClassRecipe()
     rng = np.random.default_rng(seed)
     records = []
-    for number in tqdm(range(num_scenes), f"scenes of {name}", delay=5):
+    for number in tqdm(range(num_scenes), f"scenes of {name}", delay=5, disable=None):
         shapes = draw_scene(rng, fewest=recipe.fewest, most=recipe.most)
         image = _write_image(directory, f"{name}/{number:05d}.png", paint_scene(rng, shapes))
         for _ in range(recipe.questions):
