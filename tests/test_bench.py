@@ -44,6 +44,22 @@ def test_all_ways_of_learning_have_the_same_logprobs_and_gradients(job, way):
     assert (our_gradient - gradient).abs().max() < 1e-5 * our_gradient.abs().max()
 
 
+def test_a_hybrid_model_learns_the_same_from_a_packed_row(job, tmp_path):
+    bench_inputs.write_model(bench_inputs.HYBRID, tmp_path, "cpu")
+    job = job._replace(model=str(tmp_path))
+    (ours, our_gradient), (theirs, gradient) = learned(job), learned(job._replace(way="repeated rows"))
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    assert (our_gradient - gradient).norm() < 1e-3 * our_gradient.norm()
+
+
+def test_only_the_named_ways_are_measured(tmp_path):
+    config = BenchConfig(rows=["learn", "head"], ways=["ours"], workloads=["tiny"])
+    jobs = bench.plan(config, "a model", tmp_path, "cpu")
+    assert [(job.row, job.way) for job in jobs] == [("learn", "ours"), ("head", "ours")]
+    with pytest.raises(ValueError, match="ways: 'our' is unknown: choose among ours, generate on repeated prompts"):
+        BenchConfig(ways=["our"])
+
+
 @pytest.mark.parametrize("way", LEARN)
 def test_a_way_of_learning_uses_the_attention_and_the_checkpointing_that_its_name_says(job, way):
     _, work = inputs(job._replace(way=way))

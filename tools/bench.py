@@ -36,7 +36,6 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText
 
 from data import read_samples
 from infra.config import TrainConfig
@@ -47,7 +46,7 @@ from model import vlm
 from model.logprobs import linear_logprobs
 from rewards import REWARDS
 from rollout import completion_logprobs, sample_completions, takes_image_features
-from tools.bench_inputs import SIZES, WORKLOADS, Workload, write_data, write_model
+from tools.bench_inputs import HYBRID, SIZES, WORKLOADS, Workload, write_data, write_model
 from train import train_step
 
 
@@ -79,7 +78,8 @@ def load_work(job: Job, dtype: torch.dtype) -> Work:
     """The model on its device, as we load it or as transformers does, and the prompts of the workload."""
     model, processor = vlm.load_model(job.model, dtype=dtype)
     if WAYS[job.row][job.way].plain:
-        model = AutoModelForImageTextToText.from_pretrained(job.model, dtype=dtype, attn_implementation="sdpa").eval()
+        options = {"dtype": dtype, "attn_implementation": "sdpa"}
+        model = transformers.AutoModelForImageTextToText.from_pretrained(job.model, **options).eval()
     samples = read_samples(job.data, job.data.parent)
     prompts = [vlm.build_prompt(processor, sample, template="plain") for sample in samples]
     never = sorted({*vlm.banned_token_ids(model, processor), *vlm.eos_token_ids(model, processor)})
@@ -202,8 +202,7 @@ def step_ours(job: Job, meter: Meter, *, checkpointed: bool = False) -> None:
             if step == 1:
                 break
             run.end_step(figures, rollout.prompts)
-    # A group of equal rewards would be left out of learning.
-    assert figures["completion_tokens"] == num_tokens and figures["groups_equal"] == 0
+    assert figures["completion_tokens"] == num_tokens and figures["groups_equal"] == 0  # an equal group learns nothing
 
 
 def any_reward(completion: str, answer: str) -> float:
@@ -227,10 +226,8 @@ def step_trl(job: Job, meter: Meter, *, checkpointed: bool = False) -> None:
         gradient_accumulation_steps=num_prompts, num_generations=group_size, max_completion_length=num_tokens,
         gradient_checkpointing=checkpointed, generation_kwargs={"suppress_tokens": work.never},
     )  # fmt: skip
-    rows = {
-        "prompt": [[{"role": "user", "content": sample.question}] for sample in samples],
-        "images": [[Image.open(sample.images[0])] for sample in samples],
-    }
+    questions = [[{"role": "user", "content": sample.question}] for sample in samples]
+    rows = {"prompt": questions, "images": [[Image.open(sample.images[0])] for sample in samples]}
     trainer = GRPOTrainer(
         model=work.model, processing_class=work.processor, args=config, train_dataset=Dataset.from_dict(rows),
         reward_funcs=lambda completions, **_: [float(number) for number in range(len(completions))],
@@ -358,7 +355,9 @@ class BenchOptions:
     ways: list[str] = option([], "only these ways of the rows, as ours TRL")
     workloads: list[str] = option(["image"], f"workloads of draw, learn and step, of {', '.join(WORKLOADS)}")
     repeats: int = option(3, "processes per cell", above=0)
-    model: str = option("", "tiny, small, 3b, a directory or a hub name; by default 3b on a GPU, small on a CPU")
+    model: str = option(
+        "", "tiny, small, 3b, qwen3_5, a directory or a hub name; by default 3b on a GPU, small on a CPU"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto is a GPU if there is one")
 
 
@@ -378,7 +377,7 @@ class BenchConfig(BenchOptions):
                     raise ValueError(f"{option_name}: {name!r} is unknown: choose among {', '.join(known)}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but torch finds no GPU: leave --device out")
-        if self.model and self.model not in SIZES:
+        if self.model and self.model not in (*SIZES, HYBRID):
             check_model(self.model)
 
 
@@ -413,7 +412,7 @@ def main(config: BenchConfig) -> int:
 
 def plan(config: BenchConfig, model: str, folder: Path, device: str) -> list[Job]:
     """The cells of the table, in its order, after the model and the data are written."""
-    if model in SIZES:
+    if model in (*SIZES, HYBRID):
         in_fresh_process(write_model, model, folder / "model", device, device=device)
         model = str(folder / "model")
     for name in config.workloads:

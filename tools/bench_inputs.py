@@ -1,4 +1,4 @@
-"""What the bench works on, written to disk: a Qwen2.5-VL with random weights, and the samples of a workload.
+"""What the bench works on, written to disk: a Qwen2.5-VL or Qwen3.5 with random weights, and a workload's samples.
 
 Time and memory do not depend on what a model has learned or on what an image shows.
 """
@@ -13,11 +13,13 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2_5_VLConfig,
-    Qwen2_5_VLProcessor,
+    Qwen3_5Config,
 )
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from model.vlm import image_only
@@ -49,8 +51,38 @@ SIZES = {  # width, MLP, layers, heads, key heads, vocabulary; width, MLP, layer
 }
 
 
-def build_config(size: str) -> Qwen2_5_VLConfig:
+HYBRID = "qwen3_5"  # a model of both attention and gated delta nets
+
+
+def build_config(size: str) -> PreTrainedConfig:
     """The config of a named size; the special tokens have the first ids."""
+    return build_hybrid() if size == HYBRID else build_qwen2_5_vl(size)
+
+
+def build_hybrid() -> Qwen3_5Config:
+    """A Qwen3.5 as wide as "small": three of four layers are gated delta nets. Its patches are those of Qwen2.5-VL."""
+    ids = {word: number for number, word in enumerate(SPECIAL)}
+    return Qwen3_5Config(
+        text_config={
+            "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1],
+                                "partial_rotary_factor": 0.25},
+            "max_position_embeddings": 128_000, "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+        vision_config={
+            "hidden_size": 128, "intermediate_size": 512, "depth": 4, "num_heads": 4, "out_hidden_size": 256,
+            "patch_size": 14, "num_position_embeddings": 900,
+        },
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+    )  # fmt: skip
+
+
+def build_qwen2_5_vl(size: str) -> Qwen2_5_VLConfig:
+    """The same of a Qwen2.5-VL."""
     (width, mlp, layers, heads, key_heads, vocabulary), (vision_width, vision_mlp, depth, vision_heads) = SIZES[size]
     ids, head = {word: number for number, word in enumerate(SPECIAL)}, width // heads
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [head // 8, head * 3 // 16, head * 3 // 16]}
@@ -71,8 +103,9 @@ def build_config(size: str) -> Qwen2_5_VLConfig:
     )  # fmt: skip
 
 
-def build_processor(vocabulary: int) -> ProcessorMixin:
-    """Qwen's processor with a tokenizer of that many words: the special tokens and w0, w1, w2, ..."""
+def build_processor(config: PreTrainedConfig) -> ProcessorMixin:
+    """The family's processor with a tokenizer of as many words: the special tokens and w0, w1, w2, ..."""
+    vocabulary = config.text_config.vocab_size
     words = [*SPECIAL, "<unk>", *(f"w{number}" for number in range(vocabulary - len(SPECIAL) - 1))]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -80,7 +113,8 @@ def build_processor(vocabulary: int) -> ProcessorMixin:
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<unk>",
         additional_special_tokens=[word for word in SPECIAL if word not in ("<|im_end|>", "<|endoftext|>")],
     )  # fmt: skip
-    return image_only(Qwen2_5_VLProcessor)(Qwen2VLImageProcessorPil(), tokenizer, chat_template=CHAT_TEMPLATE)
+    family = image_only(PROCESSOR_MAPPING[type(config)])
+    return family(Qwen2VLImageProcessorPil(patch_size=14), tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 def write_model(size: str, folder: Path, device: str) -> None:
@@ -91,7 +125,7 @@ def write_model(size: str, folder: Path, device: str) -> None:
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.generation_config.eos_token_id = config.text_config.eos_token_id
     model.save_pretrained(folder)
-    build_processor(config.text_config.vocab_size).save_pretrained(folder)
+    build_processor(config).save_pretrained(folder)
 
 
 def write_data(workload: Workload, path: Path) -> None:
