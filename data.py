@@ -296,8 +296,7 @@ def check_samples(samples: list[Sample], *, boxes: bool = True, progress: bool =
     paths = list(dict.fromkeys(path for sample in samples for path in sample.images))
     checked = paths[:: max(1, math.ceil(len(paths) / MAX_HEADERS))]
     with ThreadPoolExecutor(8) as pool:  # on a network disk a header is a wait, not a computation
-        quiet = None if progress else True  # None: a bar on a terminal alone
-        reads = tqdm(pool.map(_header_size, checked), "image headers", len(checked), disable=quiet, delay=5)
+        reads = tqdm(pool.map(_header_size, checked), "headers", len(checked), disable=not progress or None, delay=5)
         sizes = dict(zip(checked, reads, strict=True))
     for sample in samples:
         for path in sample.images:

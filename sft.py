@@ -65,6 +65,11 @@ def response_ids(processor: ProcessorMixin, prompt: Prompt, response: str) -> Te
     question = prompt.sample.question.replace(IMAGE_MARK, "").strip()
     texts = {f"{{{key}}}": value for key, value in prompt.sample.extra.items() if isinstance(value, str)}
     texts |= {"{answer}": answer, "{question}": question}
+    if missing := {*re.findall(r"\{\w+\}", response)} - {*texts}:
+        raise ValueError(
+            f"{prompt.sample.source}: the record has no text field for {', '.join(sorted(missing))} of --response "
+            f"{response!r}: mend one of them"
+        )
     text = re.sub("|".join(map(re.escape, texts)), lambda match: texts[match[0]], response)
     ids = processor.tokenizer([text], add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     return torch.cat([ids, ids.new_tensor([processor.tokenizer.eos_token_id])])

@@ -1,11 +1,11 @@
 """A gated MLP that keeps two of its four hidden tensors for the backward pass, at a width that GPUs like.
 
 The hidden tensors gate, act(gate), up and their product are three quarters of what a decoder layer keeps. The backward
-pass makes the second and the fourth again, which costs two small kernels and no matrix product: checkpointing stops as
-soon as it has what it needs.
+pass recomputes the second and the fourth, which costs two small kernels and no matrix product: checkpointing stops as
+soon as it has what it needs. A row of 2,972 tokens at 3B takes 81 GB in place of 92 (`python -m tools.rehearse 3b`).
 
 The MLPs of Qwen2.5-VL's tower have 3,420 hidden units. That is no multiple of 8, so cuBLAS has no fast kernel for them:
-on an H200 these products took a third of the time in which prompts are read. Four units of zeros more change nothing.
+on an H200 these products took a third of the time in which prompts are read. Four zero units of padding change nothing.
 """
 
 from types import MethodType
@@ -19,15 +19,20 @@ PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 def use_lean_mlps(model: nn.Module) -> None:
-    """Gives the model's gated MLPs this forward; GLM's projector, which does more before, has further parts."""
+    """Replaces the forward of the gated MLPs; GLM's projector has further parts and keeps its own."""
     for module in model.modules():
-        if {name for name, _ in module.named_children()} == PARTS:
+        if is_gated(module):
             module.forward = MethodType(lean_mlp, module)
+
+
+def is_gated(module: nn.Module) -> bool:
+    """Whether this is a gated MLP, and nothing more."""
+    return {name for name, _ in module.named_children()} == PARTS
 
 
 def is_lean(module: nn.Module) -> bool:
     """Whether this is a gated MLP that has been given this forward."""
-    return "forward" in vars(module) and {name for name, _ in module.named_children()} == PARTS
+    return "forward" in vars(module) and is_gated(module)
 
 
 def lean_mlp(mlp: nn.Module, states: Tensor) -> Tensor:
@@ -44,7 +49,7 @@ def lean_mlp(mlp: nn.Module, states: Tensor) -> Tensor:
 
 
 def _widened(layer: nn.Linear, states: Tensor, extra: int) -> Tensor:
-    """The layer's output with so many columns of zeros more."""
+    """The layer's output, padded with `extra` columns of zeros; the padded weight lives until the backward pass."""
     if not extra:
         return layer(states)
     bias = None if layer.bias is None else F.pad(layer.bias, (0, extra))

@@ -1,7 +1,7 @@
 """RMS norms in one kernel instead of eight.
 
-A Hugging Face RMSNorm is eight small kernels on a GPU, and Qwen2.5-VL-3B has 137 of them: a quarter of all kernels of a
-decoded token. `torch.nn.functional.rms_norm` computes the same in one, and keeps less for the backward pass.
+A Hugging Face RMSNorm is eight small kernels on a GPU. A decoded token of Qwen2.5-VL-3B runs 73 of them, which was a
+quarter of its kernels. `torch.nn.functional.rms_norm` computes the same in one, and keeps less for the backward pass.
 """
 
 from functools import cache
@@ -21,6 +21,8 @@ def fuse_norms(model: nn.Module) -> None:
 
 def rms_norm(norm: nn.Module, hidden_states: Tensor) -> Tensor:
     """The forward of such a norm."""
+    if hidden_states.dtype != norm.weight.dtype:  # theirs returns the wider of the two
+        return type(norm).forward(norm, hidden_states)
     return F.rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
@@ -37,6 +39,6 @@ def is_plain(kind: type) -> bool:
     try:
         norm = kind(8, eps=0.1).double()
         norm.weight.data = weight
-        return norm.variance_epsilon == 0.1 and torch.allclose(norm(states), rms_norm(norm, states), atol=1e-6)
+        return norm.variance_epsilon == 0.1 and torch.allclose(norm(states).double(), rms_norm(norm, states), atol=1e-6)
     except (TypeError, AttributeError):
         return False

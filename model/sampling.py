@@ -48,7 +48,8 @@ def look_up(weights: Tensor, uniform: Tensor) -> Tensor:
     inside = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].cumsum(1, dtype=torch.float64)
     last = inside[:, -1:]
     rest = torch.minimum(sought - before, torch.nextafter(last, torch.zeros_like(last)))  # sums are rounded
-    return (block * blocks.shape[2] + torch.searchsorted(inside, rest, right=True))[:, 0]
+    entry = torch.searchsorted(inside, rest, right=True).clamp_(max=blocks.shape[2] - 1)  # NaN would have no place
+    return (block * blocks.shape[2] + entry)[:, 0]
 
 
 def restricted(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:

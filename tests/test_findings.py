@@ -210,7 +210,7 @@ def test_each_command_of_the_real_size_is_one_that_the_commands_take(name):
 def test_claims_and_sentences_name_arms_and_columns_that_are_there():
     for finding in FINDINGS.values():
         names = {arm.name for arm in finding.arms}
-        assert finding.base in names and set(finding.told) <= set(finding.columns)
+        assert finding.base in names and set(finding.compared) <= set(finding.columns)
         for first, expected, second, column in finding.claims:
             assert {first, second} <= names | {""} and expected in ("higher", "lower") and column in finding.columns
 

@@ -11,7 +11,7 @@ from helpers import make_completions, make_prompts
 
 import toy
 from infra.budget import DeviceMemory
-from model.vlm import banned_token_ids
+from model.vlm import banned_token_ids, use_own_layers
 from rollout import completion_logprobs, sample_completions
 
 HOME = Path(__file__).parent.parent
@@ -35,6 +35,7 @@ def models():
     processor = toy.model.build_processor()
     exact = toy.model.build_model(processor.tokenizer, seed=3).double()
     card = toy.model.build_model(processor.tokenizer, seed=3).to("cuda", torch.bfloat16)
+    use_own_layers(card)
     exact.load_state_dict({name: value.double().cpu() for name, value in card.state_dict().items()})
     return processor, exact, card
 

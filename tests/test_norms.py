@@ -25,6 +25,11 @@ def test_a_fused_norm_and_its_gradients_are_the_modelling_files(kind):
     assert_close(*gradients)
 
 
+def test_a_norm_in_another_dtype_than_its_input_returns_what_its_own_forward_does():
+    norm, states = Qwen2_5_VLRMSNorm(8), torch.randn(3, 8).bfloat16()
+    assert rms_norm(norm, states).equal(norm(states)) and rms_norm(norm, states).dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", [Qwen3_5RMSNorm, Qwen3_5RMSNormGated, torch.nn.RMSNorm, torch.nn.LayerNorm])
 def test_other_norms_are_left_alone(kind):
     assert not is_plain(kind)

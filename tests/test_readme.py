@@ -33,8 +33,10 @@ COMMANDS = {"train.py": TrainConfig, "sft.py": SftConfig, "eval.py": EvalConfig}
 FOLDERS = ("model", "infra", "metrics", "toy", "tools", "tools/findings")
 # Options of torchrun and srun, and one that every command has.
 FOREIGN = set("standalone nnodes nproc_per_node rdzv_backend rdzv_endpoint nodes ntasks-per-node help".split())
-# Options of the tools that parse their own: tools.card, tools.findings, tools.rehearse.
-FOREIGN |= set("tokens sequences prompts profile quick jobs output_dir gpus".split())
+# Options of the tools that parse their own: card, findings, memory and rehearse.
+FOREIGN |= set(
+    "tokens sequences prompts profile quick jobs output_dir gpus completion_tokens image_tokens sizes".split()
+)
 
 
 def section(page, title):

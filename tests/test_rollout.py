@@ -11,7 +11,7 @@ import rollout
 import toy.model
 from model.attention import use_shared_prefix
 from model.packing import IMAGE_FEATURES, pack_row
-from model.sampling import pick_tokens, restricted
+from model.sampling import look_up, pick_tokens, restricted
 from model.vlm import banned_token_ids, checkpoint_activations
 from rollout import (
     completion_logprobs,
@@ -195,6 +195,27 @@ def test_banned_tokens_are_never_drawn(model, processor):
         model, make_prompts(processor, (1,)), 4, max_new_tokens=5, eos_ids=[2], banned_ids=banned
     )
     assert all(int(token) >= 200 for ids in drawn[0] for token in ids)
+
+
+def test_a_number_is_looked_up_in_blocks_as_in_one_sum_and_never_falls_on_zero():
+    torch.manual_seed(0)
+    for size in (7, 512, 1187 * 128):
+        weights = torch.rand(64, size) ** 8
+        weights[:, ::3] = 0
+        weights[:3], weights[:3, size // 2] = 0, 1
+        uniform = torch.rand(64, dtype=torch.float64)
+        uniform[5], uniform[6] = 0, 1 - 2**-53
+        sums = weights.cumsum(1, dtype=torch.float64)
+        expected = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
+        ids = look_up(weights, uniform)
+        assert ids.equal(expected) and weights[torch.arange(64), ids].all()
+
+
+def test_a_token_is_drawn_even_from_no_numbers():
+    logits = torch.zeros(2, 512)
+    logits[0, 3] = torch.nan  # a run stops over bad steps, not over an index out of bounds
+    ids, logprobs = pick_tokens(logits, torch.full((2,), 0.5, dtype=torch.float64), temperature=1.0)
+    assert (ids < 512).all() and logprobs[0].isnan() and logprobs[1].isfinite()
 
 
 def test_top_k_and_top_p_keep_the_likeliest_tokens_and_never_none():

@@ -90,6 +90,17 @@ def test_a_run_learns_the_format_and_writes_a_checkpoint(checkpoint, scenes, tmp
     assert (tmp_path / "out" / "checkpoints" / "step-000012" / "model.safetensors").exists()
 
 
+def test_a_response_may_hold_a_text_field_of_the_record_and_no_other():
+    processor = toy.model.build_processor()
+    sample = Sample("s", "q", "[1, 2, 3, 4]", (), "", True, "f.jsonl:3", extra={"thought": "a red circle", "number": 3})
+    prompt = Prompt({}, "[1, 2, 3, 4]", sample, None, None)
+    ids = response_ids(processor, prompt, "<think>{thought}</think>{answer}")
+    assert processor.tokenizer.decode(ids).startswith("<think>a red circle</think>")
+    for name in ("{thougt}", "{number}"):
+        with pytest.raises(ValueError, match=f"f.jsonl:3: the record has no text field for {name} of --response"):
+            response_ids(processor, prompt, f"<think>{name}</think>{{answer}}")
+
+
 def test_a_response_without_the_answer_is_refused(checkpoint):
     with pytest.raises(ValueError, match="lacks {answer}"):
         parse_options(SftConfig, ["--model", checkpoint, "--data", "d", "--response", "yes"])

@@ -420,7 +420,7 @@ def plan(config: BenchConfig, model: str, folder: Path, device: str) -> list[Job
     jobs = []
     for row in config.rows:
         for name in ["-"] if row in ("head", "rewards") else config.workloads:
-            ways = [way for way in WAYS[row] if not config.ways or way in config.ways]
+            ways = [way for way in WAYS[row] if way in (config.ways or WAYS[row])]
             jobs += [Job(row, name, way, model, folder / f"{name}.jsonl", device) for way in ways]
     return jobs
 

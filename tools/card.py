@@ -98,15 +98,16 @@ def drawing_row(model: nn.Module, prompt: Prompt, sequences: int, num_tokens: in
     """A line of the table: a token with plain calls and as one launch, beside the time in which weights are read."""
     prompts = [prompt] * (sequences // GROUP)
     read = seconds_of(lambda: draw(model, prompts, 1))
-    tokens = {}
+    times = []
     for graphed in (False, True):
-        graphs.GRAPHS.usable = graphed
-        tokens[graphed] = (seconds_of(lambda: draw(model, prompts, num_tokens), 1) - read) / (num_tokens - 1)
+        graphs.GRAPHS.usable = graphed and model.device.type == "cuda"
+        whole = seconds_of(lambda: draw(model, prompts, num_tokens), 1)
+        times.append(f"{1e3 * (whole - read) / (num_tokens - 1):.2f}")
+        if not graphs.GRAPHS.usable and graphed:  # given up, or no GPU is there
+            times[-1] = "-"
     weights = sum(p.nbytes for p in model.model.language_model.parameters()) / bandwidth
-    speed = sequences * num_tokens / (read + tokens[True] * (num_tokens - 1))
-    note = "" if graphs.GRAPHS.usable else " (graphs were given up)"
-    figures = (read, tokens[False], tokens[True], weights)
-    return f"| {sequences} | " + " | ".join(f"{1e3 * x:.2f}" for x in figures) + f" | {speed:,.0f}{note} |"
+    cells = (sequences, f"{1e3 * read:.2f}", *times, f"{1e3 * weights:.2f}", f"{sequences * num_tokens / whole:,.0f}")
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 # ---- learning ------------------------------------------------------------------------------------------------------
@@ -145,11 +146,11 @@ def print_profile(title: str, function: Callable, most: int = 25) -> None:
     function()
     wait()
     begin = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as told:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         function()
         wait()
     kernels, calls = defaultdict(float), defaultdict(int)
-    for event in told.events():
+    for event in profiled.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             kernels[event.name] += event.device_time / 1e3
             calls[event.name] += 1
@@ -173,6 +174,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256, help="of a completion (256)")
     parser.add_argument("--profile", action="store_true", help="also list the kernels that take longest")
     options = parser.parse_args(argv)
+    if any(number < 1 or number % GROUP for number in options.sequences):
+        parser.error(f"--sequences: each must be a multiple of {GROUP}, the completions of a prompt")
+    if options.tokens < 2 or min(options.prompts) < 1:
+        parser.error("--tokens must be at least 2, since the first comes from reading the prompt, and --prompts 1")
     if options.profile and not torch.cuda.is_available():
         parser.error("--profile lists a GPU's kernels, and torch finds no GPU: leave it out")
     return options
@@ -199,7 +204,7 @@ def main(argv: Sequence[str]) -> None:
     print("|---" * 6 + "|")
     for sequences in options.sequences:
         print(drawing_row(model, prompt, sequences, tokens, bandwidth), flush=True)
-    print("\n| tokens of a row | s | TFLOP | TFLOP/s | of the product's | MFU | tokens/s | peak GB |")
+    print(f"\n| tokens of a row | s | TFLOP | TFLOP/s | of the product's | MFU (of {DATASHEET}) | tokens/s | peak GB |")
     print("|---" * 8 + "|")
     for number in options.prompts:
         print(learning_row(model, [prompt] * number, tokens, product, ""), flush=True)

@@ -100,8 +100,8 @@ def draw_scene(rng: np.random.Generator, *, fewest: int = 2, most: int = 4, unse
         if ((colour, shape) in UNSEEN_PAIRS) != wants_unseen_pair:
             continue
         size = str(rng.choice(list(SIZES)))
-        least, most = SIZES[size]
-        width, height = rng.integers(least, most + 1, 2)
+        smallest, largest = SIZES[size]
+        width, height = rng.integers(smallest, largest + 1, 2)
         x, y = rng.integers(1, SIDE - width), rng.integers(1, SIDE - height)
         box = (int(x), int(y), int(x + width), int(y + height))
         if all(_are_apart(box, other.box) for other in shapes):

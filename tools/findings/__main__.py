@@ -4,10 +4,12 @@ NAME.md and NAME.svg in the output directory hold what is printed; runs that an 
 """
 
 import argparse
+import fcntl
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +63,23 @@ def main(argv: Sequence[str]) -> int:
 def run_finding(name: str, scope: Scope, home: Path, num_parallel: int) -> str:
     """Runs what is not done, writes NAME.svg and NAME.md, and returns the text of the latter."""
     finding = FINDINGS[name]
+    home.mkdir(parents=True, exist_ok=True)
+    with alone(home):
+        return _run_alone(name, finding, scope, home, num_parallel)
+
+
+@contextmanager
+def alone(home: Path) -> Iterator[None]:
+    """Keeps a second call out of this directory meanwhile: it would begin the runs that this one is at."""
+    with (home / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{home}: another call works here; wait for it, or give another --output_dir") from None
+        yield
+
+
+def _run_alone(name: str, finding: Finding, scope: Scope, home: Path, num_parallel: int) -> str:
     prepare(finding, home, scope)
     jobs = plan(finding, scope)
     run_jobs((job for seeds in jobs.values() for job in seeds), home, num_parallel, _say)
@@ -118,7 +137,7 @@ def describe(name: str, finding: Finding, figures: Figures, scope: Scope, minute
         "runs, one after the other. Means and 95% intervals over the seeds (Student's t).",
         markdown_table(figures, finding.columns),
         judge(figures, finding.claims) if finding.claims else "",
-        "\n".join(f"- {compare_all(figures, column, finding.base)}" for column in finding.told),
+        "\n".join(f"- {compare_all(figures, column, finding.base)}" for column in finding.compared),
         f"The paper: {finding.paper}",
         f"At the paper's size:\n\n```bash\n{finding.full_size}\n```",
     ]

@@ -56,7 +56,7 @@ class Finding:
     title: str
     arms: tuple[Arm, ...]
     columns: tuple[str, ...]  # of the table
-    told: tuple[str, ...]  # the columns that the sentences compare
+    compared: tuple[str, ...]  # the columns that the sentences compare
     base: str  # the arm that they compare with
     claims: tuple[tuple[str, str, str, str], ...]  # (arm, higher or lower, other arm, column)
     paper: str
@@ -91,7 +91,7 @@ GENERALISE = Finding(
     ),
     columns=(*GROUNDING, "seconds"),
     curves=SETS,
-    told=SETS,
+    compared=SETS,
     base="RL",
     claims=(
         ("RL", "higher", "start", "pairs"),
@@ -113,7 +113,7 @@ HACKING = Finding(
     title="AP alone pays for every class and for extra boxes; counting boxes cures it",
     arms=(START, *(Arm(name, f"--rewards {name} format") for name in HACKED)),
     columns=("boxes / true", "wrong labels", "precision", "recall", "mAP", "length", "unread"),
-    told=("boxes / true", "wrong labels", "precision", "mAP"),
+    compared=("boxes / true", "wrong labels", "precision", "mAP"),
     base="od_length",
     claims=(
         ("od_ap", "higher", "od_length", "boxes / true"),
@@ -147,7 +147,7 @@ AHA = Finding(
         Arm("at once", "--rewards od_length format", at_once=True),
     ),
     columns=("right thoughts", "precision, absent", "only present", "precision", "recall", "mAP", "length"),
-    told=("precision, absent", "only present", "mAP"),
+    compared=("precision, absent", "only present", "mAP"),
     base="thinking",
     claims=(
         ("thinking", "higher", "start, thinking", "right thoughts"),
@@ -168,7 +168,7 @@ DATA = Finding(
         Arm("easy", "--rewards od_length format --data <easy>"),
     ),
     columns=("mAP", "precision", "recall", "precision, absent", "wrong labels", "boxes / true"),
-    told=("mAP", "precision", "recall", "precision, absent"),
+    compared=("mAP", "precision", "recall", "precision, absent"),
     base="complete",
     claims=(
         ("complete", "higher", "easy", "mAP"),
@@ -192,7 +192,7 @@ SCALE = Finding(
     options=PLAIN,
     arms=(Arm("0.3M", size=64), Arm("1.1M", size=128), Arm("4.3M", size=256)),
     columns=("test start", "test", "test gain", "pairs gain", "relations gain", "IoU", "seconds"),
-    told=("test", "test gain", "pairs gain"),
+    compared=("test", "test gain", "pairs gain"),
     base="1.1M",
     claims=(
         ("0.3M", "higher", "", "test gain"),
@@ -232,7 +232,7 @@ VARIANT = Finding(
         Arm("LoRA 64, rate 3e-3", "--lora_rank 64 --learning_rate 3e-3"),
     ),
     columns=(*GROUNDING, "tokens", "entropy", "equal groups", "cut off", "seconds"),
-    told=("test", "pairs", "IoU"),
+    compared=("test", "pairs", "IoU"),
     base="grpo",
     claims=(),
     paper="The paper trains with the default alone and compares no variants.",
@@ -251,7 +251,7 @@ BETA = Finding(
         Arm("beta 0.1", "--beta 0.1"),
     ),
     columns=(*GROUNDING, "KL", "entropy", "seconds"),
-    told=(*SETS, "KL"),
+    compared=(*SETS, "KL"),
     base="beta 0",
     claims=(
         ("beta 0.04", "lower", "beta 0", "KL"),

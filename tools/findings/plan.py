@@ -129,6 +129,8 @@ def write_start_data(data: Path, sizes: Sequence[int], num_scenes: int) -> None:
     processor = build_processor()
     hide_library_bars()
     for size in sizes:
+        if (data / f"untrained-{size}").exists():
+            continue
         model = sized_model(size, processor.tokenizer)
         model.save_pretrained(data / f"untrained-{size}")
         processor.save_pretrained(data / f"untrained-{size}")

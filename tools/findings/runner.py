@@ -66,6 +66,8 @@ def run_jobs(jobs: Iterable[Job], home: Path, num_parallel: int, say: Callable[[
     waiting = [job for job in wanted if not is_done(job, home)]
     if len(wanted) > len(waiting):
         say(f"{len(wanted) - len(waiting)} of {len(wanted)} runs are done already")
+    if waiting:
+        say(f"{len(waiting)} runs to do, {num_parallel} at a time, in {home}")
     live = _Live(home, total=len(waiting))
     try:
         while waiting or live.running:
