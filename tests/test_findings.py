@@ -18,6 +18,7 @@ from infra.report_page import Line
 from infra.runlog import read_rows
 from tools.findings import __main__ as command
 from tools.findings import runner
+from tools.findings.__main__ import alone
 from tools.findings.experiments import FINDINGS, FULL, QUICK, START, VARIANT, Arm
 from tools.findings.figure import curves, dots
 from tools.findings.measures import answer_figures, asked_classes, drawn
@@ -106,13 +107,23 @@ def test_a_run_is_reused_only_under_the_same_command_line(tmp_path):
     run_jobs([job, job], tmp_path, 2, told.append)
     run_jobs([job], tmp_path, 1, told.append)
     assert (tmp_path / "count").read_text() == "x"
-    assert told[0].startswith("1/1 runs  0:00 left") and told[1] == "1 of 1 runs are done already"
+    assert told[0].startswith("1 runs to do, 2 at a time, in ") and told[1].startswith("1/1 runs  0:00 left")
+    assert told[2:] == ["1 of 1 runs are done already"]
     run_jobs([append_job(tmp_path / "count", "y")], tmp_path, 1, told.append)
     assert (tmp_path / "count").read_text() == "xy"
     mark = tmp_path / job.name / DONE
     mark.write_text(json.dumps({"line": "another", "seconds": 1}))
     run_jobs([job], tmp_path, 1, told.append)
     assert (tmp_path / "count").read_text() == "xyx"
+
+
+def test_a_second_call_in_the_same_directory_is_refused(tmp_path):
+    with alone(tmp_path):
+        with pytest.raises(ValueError, match="another call works here; wait for it, or give another --output_dir"):
+            with alone(tmp_path):
+                pass
+    with alone(tmp_path):
+        pass
 
 
 def test_a_run_waits_for_its_start_and_a_cut_off_run_begins_again(tmp_path):
@@ -263,7 +274,7 @@ def test_drawn_figures_are_those_of_the_last_tenth(tmp_path):
 
 def test_a_tiny_finding_runs_is_measured_and_is_reused(tmp_path, monkeypatch, capsys):
     arms = (START, Arm("grpo"))
-    finding = replace(VARIANT, arms=arms, claims=(("grpo", "higher", "start", "test"),), told=("test",))
+    finding = replace(VARIANT, arms=arms, claims=(("grpo", "higher", "start", "test"),), compared=("test",))
     monkeypatch.setitem(command.FINDINGS, "variant", finding)
     line = ["variant", "--quick", "--jobs", "2", "--output_dir", str(tmp_path)]
     assert command.main(line) == 0
