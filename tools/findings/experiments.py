@@ -81,7 +81,7 @@ REFCOCO = (
 DETECTION = f"{REAL} --data ovd.jsonl --image_root coco --template detection --beta 0 \\\n    --gradient_checkpointing"
 
 GENERALISE = Finding(
-    title="RL carries over to questions it is not trained on; SFT on the same samples for the same time",
+    title="RL and SFT on the same samples for the same time, in and out of domain",
     options=CURVE,
     arms=(
         START,
@@ -110,7 +110,7 @@ GENERALISE = Finding(
 )
 
 HACKING = Finding(
-    title="AP alone pays for every class and for extra boxes; counting boxes cures it",
+    title="Five rewards for lists of boxes",
     arms=(START, *(Arm(name, f"--rewards {name} format") for name in HACKED)),
     columns=("boxes / true", "wrong labels", "precision", "recall", "mAP", "length", "unread"),
     compared=("boxes / true", "wrong labels", "precision", "mAP"),
@@ -139,7 +139,7 @@ answer that lists classes which are not there earns 0.99 by mAP and 0.12 by `od_
 )
 
 AHA = Finding(
-    title='The "aha moment": the thought says which of the asked classes are there, then the answer boxes only those',
+    title="Answers after a thought, and answers at once",
     arms=(
         Arm("start, thinking", command=""),
         Arm("start, at once", command="", at_once=True),
@@ -161,7 +161,7 @@ objects that are there, and the answer boxes only those.""",
 )
 
 DATA = Finding(
-    title="Complete, negative-rich annotation against easy single-class annotation of equal size",
+    title="Complete annotation with absent classes, and easy annotation of one class",
     arms=(
         START,
         Arm("complete", "--rewards od_length format"),
