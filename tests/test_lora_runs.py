@@ -167,10 +167,12 @@ def two_processes(rank, port, checkpoint, directory):
         for name, changes in {"trained": {}, "frozen": {"freeze_vision": True}}.items():
             config = replace(CONFIG, model=checkpoint, min_pixels=256, **changes)
             whole, _ = load_policy(config, world)
-            logprobs = completion_logprobs(whole, make_prompts(processor, (1,)), make_completions(whole, 1))
-            with CommDebugMode() as collectives:
+            with CommDebugMode() as collectives:  # from the forward on: the backward calls modules that it has to know
+                logprobs = completion_logprobs(whole, make_prompts(processor, (1,)), make_completions(whole, 1))
+                before = dict(collectives.get_comm_counts())
                 logprobs[0].sum().backward()
-            results[name] = {str(op): count for op, count in collectives.get_comm_counts().items()}
+            counts = collectives.get_comm_counts()
+            results[name] = {str(op): count - before.get(op, 0) for op, count in counts.items()}
     torch.save(results, Path(directory) / f"rank{rank}.pt")
 
 
