@@ -113,10 +113,34 @@ class RowLayout:
     groups: list[Group]
     places: Tensor  # [T] place in the row of every completion token, completion by completion
     numbers: Tensor  # [T] the number of the completion that each belongs to
-    batches: list[Batch]  # the completions, those of similar lengths together
-    pieces: Segments  # each prompt and each completion, to itself
-    answers: Segments  # of the completion tokens of each group, to its prompt
-    prompt_places: Tensor  # places in the row of the prompts that have completions
+    spans: list[tuple[int, int]]  # (place, length) of each completion
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """The completions, those of similar lengths together."""
+        return similar_batches(self.spans, self.places.device)
+
+    @cached_property
+    def pieces(self) -> Segments:
+        """Each prompt and each completion, to itself."""
+        prompts = [(group.first, group.middle - group.first) for group in self.groups]
+        lengths = [length for _, length in sorted(prompts + self.spans)]
+        return _segments(lengths, lengths, self.places.device)
+
+    @cached_property
+    def answers(self) -> Segments:
+        """The completion tokens of each group, to its prompt."""
+        answers, prompts = zip(*((g.last - g.middle, g.middle - g.first) for g in self._answered), strict=True)
+        return _segments(answers, prompts, self.places.device)
+
+    @cached_property
+    def prompt_places(self) -> Tensor:
+        """Places in the row of the prompts that have completions."""
+        return _places([(group.first, group.middle - group.first) for group in self._answered], self.places.device)
+
+    @property
+    def _answered(self) -> list[Group]:
+        return [group for group in self.groups if group.last > group.middle]
 
     @cached_property
     def mask(self) -> Tensor:
@@ -136,7 +160,7 @@ def row_layout(
     prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], device: torch.device
 ) -> RowLayout:
     """The layout of a row, from the lengths of its prompts and of each prompt's completions."""
-    groups, spans, place = [], [], 0  # spans: (place, length) of each completion
+    groups, spans, place = [], [], 0
     for prompt_length, lengths in zip(prompt_lengths, completion_lengths, strict=True):
         first, middle = place, place + prompt_length
         place = middle
@@ -145,19 +169,7 @@ def row_layout(
             place += length
         groups.append(Group(first, middle, place))
     numbers = torch.repeat_interleave(torch.tensor([length for _, length in spans], dtype=torch.long))
-    pieces = [
-        size for prompt, sizes in zip(prompt_lengths, completion_lengths, strict=True) for size in (prompt, *sizes)
-    ]
-    answered = [group for group in groups if group.last > group.middle]
-    return RowLayout(
-        groups,
-        places=_places(spans, device),
-        numbers=_to_device(numbers, device),
-        batches=similar_batches(spans, device),
-        pieces=_segments(pieces, pieces, device),
-        answers=_segments([g.last - g.middle for g in answered], [g.middle - g.first for g in answered], device),
-        prompt_places=_places([(g.first, g.middle - g.first) for g in answered], device),
-    )
+    return RowLayout(groups, _places(spans, device), _to_device(numbers, device), spans)
 
 
 def _places(spans: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
@@ -169,7 +181,7 @@ def _places(spans: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
 def _segments(queries: Sequence[int], keys: Sequence[int], device: torch.device) -> Segments:
     """Segments of these lengths."""
     bounds = (_to_device(torch.tensor([0, *accumulate(sizes)], dtype=torch.int32), device) for sizes in (queries, keys))
-    return Segments(*bounds, max(queries, default=0), max(keys, default=0))
+    return Segments(*bounds, max(queries), max(keys))
 
 
 def similar_batches(spans: Sequence[tuple[int, int]], device: torch.device) -> list[Batch]:
@@ -307,8 +319,9 @@ class _SharedPrefixOnGpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, layout, scale):
         out, lse = _segments_kernel(query, key, value, layout.pieces, True, scale)  # [S, H, D], [H, S]
-        own, prompts = layout.places, layout.prompt_places
+        own = layout.places
         if len(own):
+            prompts = layout.prompt_places
             over = _segments_kernel(query[own], key[prompts], value[prompts], layout.answers, False, scale)
             merged, merged_lse = merge(out[own], lse[:, own].t(), over[0], over[1].t())
             out[own], lse[:, own] = merged, merged_lse.t()
@@ -320,9 +333,10 @@ class _SharedPrefixOnGpu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         query, key, value, out, lse = ctx.saved_tensors
-        layout, own, prompts = ctx.layout, ctx.layout.places, ctx.layout.prompt_places
+        layout, own = ctx.layout, ctx.layout.places
         grads = _segments_backward(grad, query, key, value, out, lse, layout.pieces, True, ctx.scale)
         if len(own):
+            prompts = layout.prompt_places
             inputs = (grad[own], query[own], key[prompts], value[prompts], out[own], lse[:, own])
             shares = _segments_backward(*inputs, layout.answers, False, ctx.scale)
             for total, places, share in zip(grads, (own, prompts, prompts), shares, strict=True):

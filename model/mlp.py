@@ -2,7 +2,7 @@
 
 The hidden tensors gate, act(gate), up and their product are three quarters of what a decoder layer keeps. The backward
 pass recomputes the second and the fourth, which costs two small kernels and no matrix product: checkpointing stops as
-soon as it has what it needs. A row of 2,972 tokens at 3B takes 81 GB in place of 92 (`python -m tools.rehearse 3b`).
+soon as it has what it needs. Learning from rows of 2,972 tokens at 3B peaks at 81 GB (`python -m tools.rehearse 3b`).
 
 The MLPs of Qwen2.5-VL's tower have 3,420 hidden units. That is no multiple of 8, so cuBLAS has no fast kernel for them:
 on an H200 these products took a third of the time in which prompts are read. Four zero units of padding change nothing.

@@ -33,11 +33,11 @@ def pick_tokens(
 
 
 def look_up(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The entries [R] of weights [R, V] in whose part of the total the numbers uniform [R] fall; never one of 0.
+    """Draws entries [R] in proportion to their weights [R, V] by the numbers uniform [R]; never one of weight 0.
 
-    Unlike multinomial this never waits for the device, and an exponential race would cost a random number per entry. It
-    finds the block first and then the entry in it: a GPU takes long to add up all of a row one by one. 150,000 terms
-    need sums in float64.
+    Unlike multinomial this never waits for the device, and an exponential race would cost a random number per entry.
+    The block is found first and then the entry in it, because a running sum over a whole row is slow on a GPU. 150,000
+    terms need sums in float64.
     """
     blocks = weights.unflatten(1, (-1, math.gcd(weights.shape[1], 256)))
     sums = blocks.sum(2, dtype=torch.float64).cumsum(1)
@@ -48,7 +48,7 @@ def look_up(weights: Tensor, uniform: Tensor) -> Tensor:
     inside = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].cumsum(1, dtype=torch.float64)
     last = inside[:, -1:]
     rest = torch.minimum(sought - before, torch.nextafter(last, torch.zeros_like(last)))  # sums are rounded
-    entry = torch.searchsorted(inside, rest, right=True).clamp_(max=blocks.shape[2] - 1)  # NaN would have no place
+    entry = torch.searchsorted(inside, rest, right=True).clamp_(max=blocks.shape[2] - 1)  # for NaN, which falls nowhere
     return (block * blocks.shape[2] + entry)[:, 0]
 
 

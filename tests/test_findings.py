@@ -4,6 +4,7 @@ import json
 import shlex
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from xml.etree import ElementTree
@@ -205,7 +206,11 @@ def test_each_arm_is_a_command_line_that_the_commands_take(name, tmp_path):
             if "--model" in words:
                 words[words.index("--model") + 1] = str(toy.MODEL)  # the weights need not be there
             kind = script.removesuffix(".py")
-            parse_options(CONFIGS[kind], words, preset=toy.PRESETS[kind])
+            config = parse_options(CONFIGS[kind], words, preset=toy.PRESETS[kind])
+            assert isinstance(config, CONFIGS[kind])
+            given = dict(pairwise(words))  # of an option that is given twice, the last counts
+            for word in {"--seed", "--steps"} & given.keys():
+                assert str(getattr(config, word[2:])) == given[word]
 
 
 @pytest.mark.parametrize("name", FINDINGS)

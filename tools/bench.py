@@ -46,7 +46,7 @@ from model import vlm
 from model.logprobs import linear_logprobs
 from rewards import REWARDS
 from rollout import completion_logprobs, sample_completions, takes_image_features
-from tools.bench_inputs import HYBRID, SIZES, WORKLOADS, Workload, write_data, write_model
+from tools.bench_inputs import MODELS, WORKLOADS, Workload, write_data, write_model
 from train import train_step
 
 
@@ -76,10 +76,12 @@ class Work(NamedTuple):
 
 def load_work(job: Job, dtype: torch.dtype) -> Work:
     """The model on its device, as we load it or as transformers does, and the prompts of the workload."""
-    model, processor = vlm.load_model(job.model, dtype=dtype)
     if WAYS[job.row][job.way].plain:
         options = {"dtype": dtype, "attn_implementation": "sdpa"}
         model = transformers.AutoModelForImageTextToText.from_pretrained(job.model, **options).eval()
+    else:
+        model, _ = vlm.load_model(job.model, dtype=dtype)
+    processor = vlm.load_processor(job.model)
     samples = read_samples(job.data, job.data.parent)
     prompts = [vlm.build_prompt(processor, sample, template="plain") for sample in samples]
     never = sorted({*vlm.banned_token_ids(model, processor), *vlm.eos_token_ids(model, processor)})
@@ -355,9 +357,7 @@ class BenchOptions:
     ways: list[str] = option([], "only these ways of the rows, as ours TRL")
     workloads: list[str] = option(["image"], f"workloads of draw, learn and step, of {', '.join(WORKLOADS)}")
     repeats: int = option(3, "processes per cell", above=0)
-    model: str = option(
-        "", "tiny, small, 3b, qwen3_5, a directory or a hub name; by default 3b on a GPU, small on a CPU"
-    )
+    model: str = option("", "tiny, small, 3b, qwen3_5, a directory or a hub name; by default 3b on a GPU, else small")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto is a GPU if there is one")
 
 
@@ -377,7 +377,7 @@ class BenchConfig(BenchOptions):
                     raise ValueError(f"{option_name}: {name!r} is unknown: choose among {', '.join(known)}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but torch finds no GPU: leave --device out")
-        if self.model and self.model not in (*SIZES, HYBRID):
+        if self.model and self.model not in MODELS:
             check_model(self.model)
 
 
@@ -412,7 +412,7 @@ def main(config: BenchConfig) -> int:
 
 def plan(config: BenchConfig, model: str, folder: Path, device: str) -> list[Job]:
     """The cells of the table, in its order, after the model and the data are written."""
-    if model in (*SIZES, HYBRID):
+    if model in MODELS:
         in_fresh_process(write_model, model, folder / "model", device, device=device)
         model = str(folder / "model")
     for name in config.workloads:

@@ -49,9 +49,8 @@ SIZES = {  # width, MLP, layers, heads, key heads, vocabulary; width, MLP, layer
     "small": ((256, 1024, 6, 8, 4, 8192), (128, 512, 4, 4)),
     "3b": ((2048, 11008, 36, 16, 2, 151_936), (1280, 3420, 32, 16)),  # Qwen2.5-VL-3B's own
 }
-
-
 HYBRID = "qwen3_5"  # a model of both attention and gated delta nets
+MODELS = (*SIZES, HYBRID)  # that the bench can make
 
 
 def build_config(size: str) -> PreTrainedConfig:
@@ -82,7 +81,7 @@ def build_hybrid() -> Qwen3_5Config:
 
 
 def build_qwen2_5_vl(size: str) -> Qwen2_5_VLConfig:
-    """The same of a Qwen2.5-VL."""
+    """The config of a Qwen2.5-VL of that size."""
     (width, mlp, layers, heads, key_heads, vocabulary), (vision_width, vision_mlp, depth, vision_heads) = SIZES[size]
     ids, head = {word: number for number, word in enumerate(SPECIAL)}, width // heads
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [head // 8, head * 3 // 16, head * 3 // 16]}
@@ -104,7 +103,7 @@ def build_qwen2_5_vl(size: str) -> Qwen2_5_VLConfig:
 
 
 def build_processor(config: PreTrainedConfig) -> ProcessorMixin:
-    """The family's processor with a tokenizer of as many words: the special tokens and w0, w1, w2, ..."""
+    """The family's processor with a tokenizer of the config's vocabulary: the special tokens and w0, w1, w2, ..."""
     vocabulary = config.text_config.vocab_size
     words = [*SPECIAL, "<unk>", *(f"w{number}" for number in range(vocabulary - len(SPECIAL) - 1))]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))

@@ -22,13 +22,12 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForImageTextToText
 
 from model import graphs
-from model.vlm import Prompt, checkpoint_activations, use_own_layers
+from model.vlm import Prompt, checkpoint_activations
 from rollout import completion_logprobs, sample_completions
 from tools.costs import SEGMENTED, segment_flops
-from tools.rehearse import build_prompt, model_config
+from tools.rehearse import build_prompt, model_config, random_model
 
 GROUP, SIDE = 8, 20  # completions of a prompt; its image has SIDE * SIDE tokens, as many as one of 560 x 560 pixels
 DATASHEET = 989  # TFLOP/s of an H100 or H200 in dense bf16, to which published MFU figures refer
@@ -45,16 +44,6 @@ def counted(packet: Callable) -> Callable:
 
 
 COUNTED = {packet: counted(packet) for packet in SEGMENTED}
-
-
-def load(size: str, device: torch.device) -> nn.Module:
-    """The model on the device, with our attention in its layers and in its tower."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(model_config(size), dtype=dtype, attn_implementation="sdpa")
-    use_own_layers(model)
-    return model.eval()
 
 
 def seconds_of(function: Callable, repeats: int = 3) -> float:
@@ -196,7 +185,9 @@ def main(argv: Sequence[str]) -> None:
     """Prints the tables."""
     options = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokens = load(options.size, device), options.tokens
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, tokens = random_model(model_config(options.size), dtype, device), options.tokens
     prompt = build_prompt(model.config, SIDE if device.type == "cuda" else 4)
     bandwidth, product = ceilings(device)
     print_head(options.size, model, prompt, tokens, bandwidth, product)

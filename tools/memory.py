@@ -13,14 +13,12 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from infra.config import TrainConfig
 from infra.estimate import RowSize, memory_estimate
 from infra.parallel import World
-from infra.policy import put_adapters
-from model.vlm import checkpoint_activations, use_own_layers
-from tools.rehearse import model_config
+from tools.rehearse import build_model, model_config
 
 GPUS = (1, 2, 4, 8, 16)
 LARGE = {  # width, MLP, layers, heads and key heads, as published
@@ -41,19 +39,6 @@ def config_of(size: str) -> PreTrainedConfig:
     config.vision_config.out_hidden_size = text.hidden_size
     config.vision_config.intermediate_size = 3456 if size == "32b" else 3420
     return config
-
-
-def build(size: str, config: TrainConfig) -> nn.Module:
-    """The policy as infra/policy.py loads it, without values."""
-    dtype = torch.bfloat16 if config.lora_rank else torch.float32
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config_of(size), dtype=dtype, attn_implementation="sdpa")
-    use_own_layers(model)
-    if config.gradient_checkpointing:
-        checkpoint_activations(model)
-    if config.lora_rank:
-        put_adapters(model, config)
-    return model
 
 
 def gigabytes(model: nn.Module, config: TrainConfig, row: RowSize, gpus: int, *, sharded: bool) -> float:
@@ -81,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
                 data="none", template="plain", dtype="bf16", gradient_checkpointing=True, lora_rank=rank,
                 max_completion_tokens=options.completion_tokens,
             )  # fmt: skip
-            model, cells = build(size, config), []
+            model, cells = build_model(config_of(size), config, torch.device("meta"), trained=True), []
             for gpus in GPUS:
                 whole, sharded = (gigabytes(model, config, row, gpus, sharded=way) for way in (False, True))
                 cells.append(f"{whole:.0f}" if gpus == 1 else f"{whole:.0f} ({sharded:.0f})")

@@ -108,20 +108,23 @@ def model_config(size: str) -> PreTrainedConfig:
 
 def load(case: Case, config: TrainConfig, world: World, *, trained: bool) -> nn.Module:
     """The policy or the reference as infra/policy.py loads it, sharded."""
-    model = build_model(case, config, trained=trained)
+    model = build_model(model_config(case.size), config, CUDA, trained=trained)
     # The model is made on the device. Module.to would swap each weight for itself, which fake tensors refuse.
     with patch.object(nn.Module, "to", lambda module, *_: module):
         return shard_model(model, world, compute_dtype=torch.bfloat16, trained=trained)
 
 
-def build_model(case: Case, config: TrainConfig, *, trained: bool) -> nn.Module:
-    """The model before it is sharded; its weights are as fake as everything."""
-    dtype = torch.bfloat16 if config.lora_rank or not trained else torch.float32
-    with CUDA:
-        model = AutoModelForImageTextToText.from_config(
-            model_config(case.size), dtype=dtype, attn_implementation="sdpa"
-        ).eval()
+def random_model(shape: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A model as model/vlm.py loads it, made on the device."""
+    with device:
+        model = AutoModelForImageTextToText.from_config(shape, dtype=dtype, attn_implementation="sdpa")
     use_own_layers(model)
+    return model.eval()
+
+
+def build_model(shape: PreTrainedConfig, config: TrainConfig, device: torch.device, *, trained: bool) -> nn.Module:
+    """The policy or the reference before it is sharded."""
+    model = random_model(shape, torch.bfloat16 if config.lora_rank or not trained else torch.float32, device)
     if not trained:
         return model.requires_grad_(False)
     if config.gradient_checkpointing:

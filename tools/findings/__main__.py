@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
     scope = QUICK if options.quick else FULL
     home = options.output_dir.resolve() / ("quick" if options.quick else "")
     try:
-        text = run_finding(options.name, scope, home, options.jobs)
+        with alone(home):
+            text = run_finding(options.name, scope, home, options.jobs)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,23 +64,6 @@ def main(argv: Sequence[str]) -> int:
 def run_finding(name: str, scope: Scope, home: Path, num_parallel: int) -> str:
     """Runs what is not done, writes NAME.svg and NAME.md, and returns the text of the latter."""
     finding = FINDINGS[name]
-    home.mkdir(parents=True, exist_ok=True)
-    with alone(home):
-        return _run_alone(name, finding, scope, home, num_parallel)
-
-
-@contextmanager
-def alone(home: Path) -> Iterator[None]:
-    """Keeps a second call out of this directory meanwhile: it would begin the runs that this one is at."""
-    with (home / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{home}: another call works here; wait for it, or give another --output_dir") from None
-        yield
-
-
-def _run_alone(name: str, finding: Finding, scope: Scope, home: Path, num_parallel: int) -> str:
     prepare(finding, home, scope)
     jobs = plan(finding, scope)
     run_jobs((job for seeds in jobs.values() for job in seeds), home, num_parallel, _say)
@@ -93,6 +77,18 @@ def _run_alone(name: str, finding: Finding, scope: Scope, home: Path, num_parall
     text = describe(name, finding, figures, scope, minutes_of(jobs, home))
     (home / f"{name}.md").write_text(text, encoding="utf-8")
     return f"{text}\nfigure: {picture}"
+
+
+@contextmanager
+def alone(home: Path) -> Iterator[None]:
+    """Keeps other calls out of this directory inside the block: they would begin the same runs again."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{home}: another call works here; wait for it, or give another --output_dir") from None
+        yield
 
 
 def _say(text: str) -> None:
