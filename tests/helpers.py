@@ -18,7 +18,7 @@ from data import Sample
 from infra import checkpoint as checkpoint_file
 from infra.config import TrainConfig
 from infra.options import parse_options
-from infra.parallel import World, free_port
+from infra.parallel import World, end_process, free_port
 from infra.run import Run
 from infra.runlog import LOGS, read_rows
 from model.vlm import Prompt, blank_prompt, trainable
@@ -127,7 +127,12 @@ def full(tensor):
 
 def spawn(job, count, *arguments):
     """Runs job(rank, port, *arguments) in that many processes."""
-    mp.spawn(job, (free_port(), *arguments), nprocs=count)
+    mp.spawn(_run, (job, free_port(), *arguments), nprocs=count)
+
+
+def _run(rank, job, port, *arguments):
+    job(rank, port, *arguments)
+    end_process()
 
 
 def set_rank(rank, size, port, per_node=0):

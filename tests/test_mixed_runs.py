@@ -10,8 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from helpers import ALONE, make_model, make_run, only_numbers, run_here
+from helpers import ALONE, make_model, make_run, only_numbers, run_here, set_rank, spawn
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
@@ -25,7 +24,6 @@ from data import Sample, step_indices
 from infra.config import EvalConfig, SftConfig, TrainConfig
 from infra.figures import causes_for_concern
 from infra.options import parse_options
-from infra.parallel import free_port
 from infra.prompts import PromptFeed, load_run_samples
 from model.vlm import Prompt
 from train import group_record, pay, rollout_figures
@@ -254,9 +252,7 @@ def run_with_fixed_draws(argv, patch):
 
 
 def one_of_two(rank, port, argv):
-    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+    set_rank(rank, 2, port)
     run_with_fixed_draws(argv, pytest.MonkeyPatch())
 
 
@@ -267,7 +263,7 @@ def runs(files, checkpoint, tmp_path_factory):
     more = ["--steps", "4", "--eval_every", "4", "--beta", "0.04", "--log_completions_every", "1"]
     with pytest.MonkeyPatch.context() as patch:
         run_with_fixed_draws(options(files / "mix.json", checkpoint, root / "one", *more), patch)
-    mp.spawn(one_of_two, (free_port(), options(files / "mix.json", checkpoint, root / "two", *more)), nprocs=2)
+    spawn(one_of_two, 2, options(files / "mix.json", checkpoint, root / "two", *more))
     return root
 
 

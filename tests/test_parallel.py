@@ -1,6 +1,8 @@
 """parallel.py and the exactness of a step: two processes against one, any cut into rows, images on one rank only."""
 
+import atexit
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,6 +224,28 @@ def test_two_nodes_of_two_train_and_draw_as_one_process_and_one_rank_reads_the_c
 def double(single):
     spawn(two_processes, 2, str(single["directory"]))
     return [torch.load(single["directory"] / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+class Held:
+    """Writes when it goes: at the latest when the interpreter is taken apart."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __del__(self):
+        self.path.write_text("taken apart")
+
+
+def hold_and_end(rank, port, out):
+    sys.modules["held"] = Held(out / "held")
+    atexit.register((out / "told").write_text, "told")
+    print("printed", end="")
+
+
+def test_a_process_of_several_ends_without_taking_the_interpreter_apart(tmp_path, capfd):
+    spawn(hold_and_end, 1, tmp_path)
+    assert (tmp_path / "told").exists() and not (tmp_path / "held").exists()
+    assert capfd.readouterr().out == "printed"
 
 
 def test_figures_and_rows_of_all_ranks_come_together(double):
