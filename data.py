@@ -43,6 +43,7 @@ VLM_R1_METHODS = {"odLength": "od_length", **{name: name for name in _SAME_NAME}
 
 QUESTION_KEYS = ("conversations", "messages", "prompt", "problem")  # the first that a record has counts
 OTHER_KEYS = {"solution", "id", "image", "images", "accu_reward_method"}  # what a record holds besides is extra
+MISTAKEN_KEYS = ("video", "videos", "img", "image_path", "image_paths")  # a sample would silently lose its picture
 SPEAKERS = (("human", "user", None), ("gpt", "assistant", None))  # of the question and of the answer
 MAX_HEADERS = 10_000  # images opened before training, evenly spread; a run checks the others as it uses them
 MAX_SAMPLE = 1_000_000  # bytes; only an image written into the file makes a sample longer
@@ -222,6 +223,9 @@ def _joined(content: object) -> object:
 def _image_names(record: dict) -> list[str]:
     if "image" in record and "images" in record:
         raise ValueError('both "image" and "images" are given; keep the one that names the images')
+    for key in MISTAKEN_KEYS:
+        if key in record:
+            raise ValueError(f'"{key}" is given; "image" or "images" names the pictures, and videos are not read')
     key = "images" if "images" in record else "image"
     names = record.get(key, [])
     names = [names] if isinstance(names, str) else names

@@ -50,7 +50,8 @@ def gdpo_sums(
 ) -> Tensor:
     """The weighted sum of the advantages that each reward gives by itself, [N]; GDPO's first half (arXiv 2601.05242).
 
-    Under a total, (0, 2) and (0, 1) give the same advantages; here two rewards that agree weigh more than one.
+    If the sum is the reward, groups that earn (0, 1) and (0, 2) get the same advantages. Here the group in which two
+    rewards agree gets larger ones.
     """
     advantages = [group_advantages(column, group_size, eps=eps) for column in rewards.unbind(1)]
     return (torch.stack(advantages, 1) * weights).sum(1)

@@ -49,9 +49,9 @@ PREFILL_TOKENS = 4096  # tokens of a row in prefill; bounds its activations
 
 
 def decoding_forward(model: nn.Module) -> Callable:
-    """The way to the next logits of a decoding step, past FSDP's root where it has nothing to gather.
+    """The function that gives a decoding step's logits; it leaves out FSDP's root if nothing is sharded.
 
-    Its hooks make other streams wait, which a CUDA graph cannot record.
+    The root's hooks make other streams wait, which a CUDA graph cannot record.
     """
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     return partial(root_forward, model, next_logits) if sharded else partial(next_logits, model)

@@ -71,6 +71,7 @@ def response_ids(processor: ProcessorMixin, prompt: Prompt, response: str) -> Te
             f"{response!r}: mend one of them"
         )
     text = re.sub("|".join(map(re.escape, texts)), lambda match: texts[match[0]], response)
+    text = text.removeprefix(prompt.opening.rstrip())  # the chat template has written it
     ids = processor.tokenizer([text], add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     return torch.cat([ids, ids.new_tensor([processor.tokenizer.eos_token_id])])
 

@@ -223,6 +223,7 @@ def pay(
     config, flat = run.config, [ids for group in completions for ids in group]
     texts = run.processor.tokenizer.batch_decode(flat, skip_special_tokens=True) if flat else []  # else [""]
     owners = [prompt for prompt in prompts for _ in range(config.group_size)]  # N: the prompt of each completion
+    texts = [owner.answer_text(text) for owner, text in zip(owners, texts, strict=True)]
     calls = [
         reward_call(run, owner, number, spec, text)
         for number, (owner, text) in enumerate(zip(owners, texts, strict=True), first)

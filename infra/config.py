@@ -259,7 +259,9 @@ class AlgorithmOptions:
     )
     refill_rounds: int = option(3, "with --refill: at most so many further rounds of drawing in a step", above=0)
     mask_truncated: bool = option(False, "keep completions that the length limit cuts off out of the loss")
-    beta: float = option(0.04, "weight of the KL penalty; at 0, and with LoRA, no second model is loaded", least=0)
+    beta: float = option(
+        0.04, "weight of the KL penalty; at 0, with LoRA or with --ref_every no second model is loaded", least=0
+    )
     ref_every: int = option(
         0, "the reference of the KL penalty becomes the policy every so many steps; 0: it stays", least=0
     )

@@ -69,7 +69,7 @@ def answer_samples(
                 forward=forward,
             )
             for (number, prompt), [ids] in zip(prompts.items(), answers, strict=True):
-                text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+                text = prompt.answer_text(processor.tokenizer.decode(ids, skip_special_tokens=True))
                 ended = int(ids[-1]) in eos
                 row = {"index": number, **_row(prompt, protocol), "completion": text, "truncated": not ended}
                 rows.append(row | {"family": model.config.model_type})
@@ -93,6 +93,7 @@ def _row(prompt: Prompt, protocol: Protocol) -> dict:
         "box_space": protocol.box_space,
         "image_size": prompt.image_size,
         "input_size": prompt.input_size,
+        "extra": sample.extra,
     }
 
 
@@ -109,7 +110,7 @@ def score_answers(rows: Sequence[dict], *, reward_seconds: float = 0.0, seed: in
         if score := score_boxes(row):
             row.update(score)
         else:
-            fields = {name: row[name] for name in ("id", "question", "images")}
+            fields = row.get("extra", {}) | {name: row[name] for name in ("id", "question", "images")}
             spec = row["method"] or row["measure"]
             calls[number] = RewardCall(spec, row["completion"], row["truth"], fields, seed * 1_000_003 + row["index"])
     results = run_rewards(list(calls.values()), seconds=reward_seconds, stop_at_first=False)

@@ -79,7 +79,7 @@ def seed_step(seed: int, step: int, world: World) -> torch.Generator:
 
     The seed is a function of run, step and rank: there is no random state to save, and no two ranks draw the same.
     """
-    number = (seed * 1_000_003 + step) * 65_537 + world.rank
+    number = ((seed * 1_000_003 + step) * 65_537 + world.rank) % 2**64  # torch takes no larger seed
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.manual_seed(number)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import ProcessorMixin
 
-from data import BadSample, Sample, mixed_indices, read_samples, step_indices
+from data import BadSample, Sample, answer_boxes, mixed_indices, read_samples, step_indices
 from infra.config import RunConfig
 from infra.datacheck import check_data
 from infra.mix import DataFile, file_names
@@ -69,6 +69,11 @@ def check_truths(samples: Sequence[Sample], rewards: Sequence[str]) -> None:
         for spec in (sample.reward or rewards[0], *rewards[1:]):
             if reason := check_truth(spec, sample.answer):
                 raise ValueError(f"{sample.source}: {reason}")
+            if spec == "cosine_length" and not sample.has_boxes and answer_boxes(sample.answer):
+                raise ValueError(
+                    f"{sample.source}: the truth {sample.answer} is a box, which cosine_length compares by IoU, and no "
+                    "reward of this file moves it into the space the model answers in: name iou beside cosine_length"
+                )
 
 
 def seeded_sample(samples: list[Sample], limit: int, seed: int) -> list[Sample]:

@@ -52,6 +52,11 @@ class Prompt(Mapping[str, Tensor]):
     sample: Sample
     image_size: tuple[int, int] | None  # (width, height) of the first image
     input_size: tuple[int, int] | None  # the same after the processor has resized it
+    opening: str = ""  # what the chat template has begun the answer with: "<think>\n" for some models
+
+    def answer_text(self, completion: str) -> str:
+        """The whole answer, which rewards read: without its opening a thought would only end."""
+        return self.opening + completion
 
     def __getitem__(self, key: str) -> Tensor:
         return self.inputs[key]
@@ -242,7 +247,8 @@ def build_prompt(
         if not images:
             raise BadSample(f"{sample.source}: boxes without an image; name one, or choose rewards that read no boxes")
         answer = move_answer_boxes(answer, lambda box: to_model_box(box, image_size, input_size, family, box_space))
-    return Prompt(dict(inputs), answer, sample, image_size, input_size)
+    opening = re.search(r"(<think>\s*)?$", text)[0]
+    return Prompt(dict(inputs), answer, sample, image_size, input_size, opening)
 
 
 def check_special_tokens(processor: ProcessorMixin, samples: Iterable[Sample]) -> None:

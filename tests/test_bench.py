@@ -58,6 +58,8 @@ def test_only_the_named_ways_are_measured(tmp_path):
     assert [(job.row, job.way) for job in jobs] == [("learn", "ours"), ("head", "ours")]
     with pytest.raises(ValueError, match="ways: 'our' is unknown: choose among ours, generate on repeated prompts"):
         BenchConfig(ways=["our"])
+    with pytest.raises(ValueError, match="ways: 'TRL' is unknown: choose among ours, generate"):
+        BenchConfig(rows=["draw"], ways=["TRL"])
 
 
 @pytest.mark.parametrize("way", LEARN)

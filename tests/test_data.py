@@ -198,6 +198,8 @@ def test_the_original_name_of_a_method_becomes_ours(root):
         (record(question=["x"]), "question"),
         (record(image=3), '"image" is 3'),
         (record(image=[""]), '"image"'),
+        (record(video="a.mp4"), '"video" is given; "image" or "images" names the pictures, and videos are not read'),
+        (record(img="a.png"), '"img" is given'),
         (record(question="<image> and <image>"), "2 <image> marks for 1 images"),
         (record("[30, 2, 1, 20]"), "swapped"),
         (record("[1, 20, 30, 2]"), "swapped"),

@@ -13,6 +13,7 @@ from helpers import ALONE, run_here
 import eval as evaluation
 import infra.evaluation
 import toy
+import toy.model
 import toy.scenes
 from data import read_samples
 from infra.config import EvalConfig
@@ -60,6 +61,27 @@ def test_answers_are_scored_by_the_rewards_parser_and_boxes_move_back(checkpoint
     for r, sample in zip(rows, samples, strict=True):
         assert r["box"] == [2, 4, 30.5, 40]  # scenes are not resized, so both spaces are one
         assert r["iou"] == iou([2, 4, 30.5, 40], json.loads(sample.answer))
+
+
+def test_a_thought_that_the_chat_template_has_opened_belongs_to_the_answer(checkpoint, scenes, monkeypatch):
+    model, processor = load_model(checkpoint, min_pixels=256)
+    [sample] = read_samples(scenes / "test.jsonl", scenes)[:1]
+    monkeypatch.setattr(processor.tokenizer, "decode", lambda *arguments, **options: "a</think><answer>b</answer>")
+    for ending, score in (("<think>\n", 1.0), ("", 0.0), ("<think></think>\n", 0.0)):
+        monkeypatch.setattr(processor, "chat_template", toy.model.CHAT_TEMPLATE + ending)
+        [row] = answer_samples(model, processor, [sample], ALONE, replace(PROTOCOL, measure="format"))
+        assert row["reward"] == score, row["completion"]
+
+
+def test_your_own_reward_receives_the_records_other_keys_and_again_from_saved_answers(
+    checkpoint, scenes, tmp_path, monkeypatch
+):
+    (tmp_path / "mine.py").write_text("def known(completion, answer, sample):\n    return sample['level'] / 4\n")
+    model, processor = load_model(checkpoint, min_pixels=256)
+    [sample] = read_samples(scenes / "test.jsonl", scenes)[:1]
+    sample = replace(sample, extra={"level": 3}, has_boxes=False)
+    rows = answer_samples(model, processor, [sample], ALONE, replace(PROTOCOL, measure=f"{tmp_path / 'mine.py'}:known"))
+    assert [row["reward"] for row in (*rows, *score_answers(rows))] == [0.75, 0.75]
 
 
 def test_an_overridden_box_space_is_moved_out_of_again(checkpoint, scenes, tmp_path):

@@ -76,3 +76,8 @@ def test_a_step_draws_the_same_again_and_no_two_steps_seeds_or_ranks_draw_the_sa
     found = [draws(place) for place in places]
     assert draws(places[0]) == found[0]
     assert all(len(set(map(str, column))) == 4 for column in zip(*found, strict=True))
+
+
+def test_a_seed_may_be_as_large_as_a_date_and_time():
+    first, second = (torch.rand(3, generator=seed_step(seed, 0, ALONE)) for seed in (20261126124500, 20261126124501))
+    assert not torch.equal(first, second)

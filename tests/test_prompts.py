@@ -12,9 +12,9 @@ from helpers import ALONE, CONFIG, run
 
 import toy.model
 import toy.scenes
-from data import mixed_indices, read_samples, share_out, step_indices
+from data import Sample, mixed_indices, read_samples, share_out, step_indices
 from infra.policy import load_policy
-from infra.prompts import PromptFeed, seeded_sample, split_held_out
+from infra.prompts import PromptFeed, check_truths, seeded_sample, split_held_out
 
 
 def run_with_broken_images(checkpoint, directory, broken):
@@ -91,6 +91,13 @@ def test_the_subset_of_an_evaluation_is_a_seeded_shuffle_and_a_limit_of_0_or_mor
     random.Random(42).shuffle(shuffled)  # as VLM-R1 draws its 2,000
     assert chosen == shuffled[:4] and everything == list(range(10)) and seeded_sample(everything, 4, 43) != chosen
     assert seeded_sample(everything, 0, 42) == seeded_sample(everything, 10, 42) == everything
+
+
+def test_cosine_length_takes_a_box_only_beside_a_reward_that_moves_it():
+    text, box = (Sample("s", "q", answer, (), "", False, "f.jsonl:3") for answer in ("[1, 2]", "[1, 2, 30, 40]"))
+    check_truths([text, replace(box, has_boxes=True)], ["cosine_length"])
+    with pytest.raises(ValueError, match="f.jsonl:3: the truth .* is a box.*: name iou beside cosine_length"):
+        check_truths([box], ["format", "cosine_length"])
 
 
 def test_held_out_samples_are_at_most_a_twentieth_and_are_not_trained_on():

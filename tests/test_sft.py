@@ -101,6 +101,13 @@ def test_a_response_may_hold_a_text_field_of_the_record_and_no_other():
             response_ids(processor, prompt, f"<think>{name}</think>{{answer}}")
 
 
+def test_a_thought_that_the_chat_template_has_opened_is_not_opened_again():
+    processor, sample = toy.model.build_processor(), Sample("s", "q", "red", (), "", False, "here")
+    prompt = Prompt({}, "red", sample, None, None, opening="<think>\n")
+    ids = response_ids(processor, prompt, "<think>q</think><answer>{answer}</answer>")
+    assert processor.tokenizer.decode(ids) == "q</think><answer>red</answer><|im_end|>"
+
+
 def test_a_response_without_the_answer_is_refused(checkpoint):
     with pytest.raises(ValueError, match="lacks {answer}"):
         parse_options(SftConfig, ["--model", checkpoint, "--data", "d", "--response", "yes"])

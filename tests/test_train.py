@@ -65,6 +65,13 @@ def paid(prompts, texts, **changes):
     return train.pay(payer(texts, **changes), prompts, completions, torch.zeros(len(texts), 1))
 
 
+def test_rewards_read_the_thought_that_the_chat_template_has_opened():
+    prompt = replace(prompt_of(), opening="<think>\n")
+    rollout = paid([prompt], [BOX.removeprefix("<think>"), "<answer>x</answer>"], rewards=["iou", "format"])
+    assert rollout.texts[0] == "<think>\nx</think><answer>[0, 0, 10, 10]</answer>"
+    assert [row["format"] for row in rollout.paid] == [1.0, 0.0]  # the second does not end the thought
+
+
 def write_plugin(tmp_path, code):
     (tmp_path / "mine.py").write_text(code)
     return f"{tmp_path}/mine.py"

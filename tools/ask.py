@@ -106,7 +106,7 @@ def read_answers(
     model: nn.Module, processor: ProcessorMixin, prompt: Prompt, group: Sequence[torch.Tensor], box_space: str
 ) -> Answers:
     """The texts of a prompt's completions, and the boxes in them."""
-    texts = processor.tokenizer.batch_decode(group, skip_special_tokens=True)
+    texts = [prompt.answer_text(text) for text in processor.tokenizer.batch_decode(group, skip_special_tokens=True)]
     place = {
         "image_size": prompt.image_size,
         "input_size": prompt.input_size,

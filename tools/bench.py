@@ -370,7 +370,7 @@ class BenchConfig(BenchOptions):
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        ways = dict.fromkeys(way for row in WAYS.values() for way in row)
+        ways = dict.fromkeys(way for row in self.rows for way in WAYS.get(row, ()))  # in the order of the rows
         for option_name, known in (("rows", WAYS), ("ways", ways), ("workloads", WORKLOADS)):
             for name in getattr(self, option_name):
                 if name not in known:
