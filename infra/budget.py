@@ -100,15 +100,15 @@ def tokens_of(row: Row) -> int:
     return completions + sum(prompt["input_ids"].shape[1] for prompt in row.prompts)
 
 
-def row_budget(model: nn.Module, world: World, config: RunConfig, *, reference: bool, last: float | None) -> RowBudget:
-    """The budget of a run; `last` is the row that the run took before it was resumed, if it was."""
+def row_budget(model: nn.Module, world: World, config: RunConfig, *, reference: bool) -> RowBudget:
+    """The budget that a run begins with; a resumed run finds its own again, since it may have other GPUs."""
     if config.row_tokens != "auto":
         return RowBudget(config.row_tokens, world)
     if world.device.type != "cuda":
         return RowBudget(ON_CPU, world)
     memory = DeviceMemory(world.device)
     gradients = sum(4 * p.numel() for _, p in trainable(model)) // world.num_shards
-    tokens = int(last) if last else safe_row(model, world, config, reference=reference, limit=memory.limit())
+    tokens = safe_row(model, world, config, reference=reference, limit=memory.limit())
     return RowBudget(tokens, world, gradients, memory)
 
 

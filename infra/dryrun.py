@@ -33,7 +33,7 @@ def print_plan(config: RunConfig, *, completions: int) -> int:
         steps, per_step = total_steps(config, len(samples)), config.prompts_per_step
         reference = getattr(config, "needs_reference_model", False)
         prompts = some_prompts(samples, processor, config)
-        tokens = row_budget(model, world, config, reference=reference, last=None).tokens  # of the first step, if auto
+        tokens = row_budget(model, world, config, reference=reference).tokens  # of the first step, if auto
         row = widest_row(prompts, model.config.image_token_id, tokens, math.ceil(per_step / world.size))
         memory = memory_estimate(model, world, config, reference=reference, row=row)
         trained, total = sum(p.numel() for _, p in trainable(model)), sum(p.numel() for p in model.parameters())

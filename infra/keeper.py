@@ -1,6 +1,8 @@
 """Which checkpoints a run keeps: the newest few and the best, a link to the best, and the way back to the newest."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +34,7 @@ class CheckpointKeeper:
     world: World
     packaging: Packaging
     origin: dict  # what must be the same when the run is resumed, though its paths may have changed
+    best_on: list  # the evaluation set that a score is measured on, and its number of samples
     best: float | None = None  # headline figure of the best model so far, the untrained one included
     best_step: int | None = None  # the checkpoint that OUT/best points at
     num_failed: int = field(default=0, init=False)  # failed saves in a row
@@ -56,11 +59,12 @@ class CheckpointKeeper:
     def _save(self, step: int, *, best: float | None) -> bool:
         """Saves after that step; `best` is the score that makes it the best so far. Returns False if that failed."""
         marks = (self.best, self.best_step) if best is None else (best, step)
-        state = {"step": step, "best": marks[0], "best_step": marks[1], **self.origin}
-        try:
-            if self.world.first:
-                for log in self.out.glob("*.jsonl"):  # a power cut must not take lines that precede the checkpoint
+        state = {"step": step, "best": marks[0], "best_step": marks[1], "best_on": self.best_on, **self.origin}
+        if self.world.first:
+            with warned_of_disk_errors():  # a power cut must not take lines that precede the checkpoint
+                for log in self.out.glob("*.jsonl"):
                     sync_file(log)
+        try:
             path = self.directory / f"step-{step:06d}"
             save_checkpoint(path, self.model, self.optimizers, state, self.world, self.packaging)
         except SaveFailed as error:
@@ -68,10 +72,11 @@ class CheckpointKeeper:
             return False
         (self.best, self.best_step), self.num_failed = marks, 0
         if self.world.first:
-            self._link_best()
-            for old in sorted(self.directory.glob("step-*"))[: -self.config.keep_checkpoints]:
-                if old.name != f"step-{self.best_step or 0:06d}":
-                    remove_directory(old)
+            with warned_of_disk_errors():
+                self._link_best()
+                for old in sorted(self.directory.glob("step-*"))[: -self.config.keep_checkpoints]:
+                    if old.name != f"step-{self.best_step or 0:06d}":
+                        remove_directory(old)
         return True
 
     def _warn(self, step: int, error: SaveFailed) -> None:
@@ -111,9 +116,23 @@ class CheckpointKeeper:
                     "and what is frozen would differ; give the data and the --model that the run began with"
                 )
         self.best, self.best_step = state["best"], state["best_step"]
+        if (before := state.get("best_on", self.best_on)) != self.best_on:  # the scores say nothing about each other
+            self.best = None  # so the next evaluation is the best so far
+            if self.world.first:
+                was, now = (f"{size} samples of {name}" for name, size in (before, self.best_on))
+                say(f"the score is that of {now} now and was that of {was}: the best is looked for afresh")
         if self.world.first:
             self._link_best()  # the run may have died between the checkpoint and its link
         return state["step"]
+
+
+@contextmanager
+def warned_of_disk_errors() -> Iterator[None]:
+    """Turns a disk error of the block into a warning: what was left undone, the next save does."""
+    try:
+        yield
+    except OSError as error:
+        say(f"warning: {error}. The run goes on; the next save tries again")
 
 
 def model_fingerprint(name: str) -> str:

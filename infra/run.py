@@ -34,7 +34,7 @@ from infra.optim import (
 )
 from infra.parallel import STOPPED, World, all_gather, all_sum, compute_dtype, drawing, process_group
 from infra.policy import FollowingReference, load_policy, load_reference
-from infra.prompts import PromptFeed, load_run_samples
+from infra.prompts import PromptFeed, RunSamples, load_run_samples
 from infra.report import write_report
 from infra.report_data import read_evaluations
 from infra.rows import Row, pack_rows
@@ -82,9 +82,7 @@ class Run:
     def __post_init__(self) -> None:
         done = read_rows(self.out / "metrics.jsonl")  # of a run that is resumed
         self.recent = deque(done, maxlen=max(RECENT, self.config.max_bad_steps))
-        last = done[-1].get("row_tokens") if done else None
-        reference = self.reference is not None
-        self.budget = row_budget(self.policy, self.world, self.config, reference=reference, last=last)
+        self.budget = row_budget(self.policy, self.world, self.config, reference=self.reference is not None)
 
     # ---- the loop ----
 
@@ -331,18 +329,8 @@ def start_run(config: RunConfig) -> Iterator[Run]:
         every = getattr(config, "ref_every", 0)
         reference = load_reference(config, world) if second and not every else None
         following = FollowingReference(policy, every, dtype) if every else None
-        optimizers, blank = make_optimizers(policy, config), blank_prompt(processor)
-        if tower_is_frozen(policy):
-            with drawing(policy, world):
-                blank = replace(blank, inputs=see_images(policy, blank))
-        packaging = Packaging(config.model, dtype, (config.min_pixels, config.max_pixels), evaluation_settings(config))
-        packaging = replace(packaging, reference=following.values) if following else packaging
-        files = [[file.template, list(file.rewards), list(file.weights), file.share] for file in config.files]
-        origin = {"num_samples": len(samples), "model": model_fingerprint(config.model), "files": files}
-        keeper = CheckpointKeeper(out, policy, optimizers, config, world, packaging, origin)
-        step = keeper.resume() if config.resume else 0
-        if following and step:
-            load_reference_values(keeper.directory / f"step-{step:06d}", policy, following.values, world)
+        optimizers = make_optimizers(policy, config)
+        keeper, step = open_keeper(config, out, policy, optimizers, following, data, world)
         log = RunLog(out, config, world, step, num_steps)
         sizes = [sum(p.numel() for p in group) for group in (dict(trainable(policy)).values(), policy.parameters())]
         log.say("\n".join(header(config, out, len(samples), sizes, num_steps)))
@@ -364,7 +352,7 @@ def start_run(config: RunConfig) -> Iterator[Run]:
             step=step,
             eos_ids=eos_token_ids(policy, processor),
             banned_ids=banned_token_ids(policy, processor),
-            blank=blank,
+            blank=blank_of(config, policy, processor, world),
         )
         hide_library_bars()  # a save would draw one
         try:
@@ -374,3 +362,37 @@ def start_run(config: RunConfig) -> Iterator[Run]:
             raise ValueError(out_of_memory(policy, world, config, reference=second, tokens=tokens)) from error
         finally:
             log.terminal.close()  # an error is told on a line of its own
+
+
+def blank_of(config: RunConfig, policy: nn.Module, processor: ProcessorMixin, world: World) -> Prompt:
+    """The small image for rows without one: with the same kind of inputs as the prompts that a step learns from."""
+    blank = blank_prompt(processor)
+    if hasattr(config, "group_size") and tower_is_frozen(policy):  # train.draw puts features in place of pixels
+        with drawing(policy, world):
+            blank = replace(blank, inputs=see_images(policy, blank))
+    return blank
+
+
+def open_keeper(
+    config: RunConfig,
+    out: Path,
+    policy: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    following: FollowingReference | None,
+    data: RunSamples,
+    world: World,
+) -> tuple[CheckpointKeeper, int]:
+    """What keeps the run's checkpoints, and the step that it goes on from, where a resumed run is restored."""
+    pixels = (config.min_pixels, config.max_pixels)
+    packaging = Packaging(config.model, compute_dtype(config.dtype), pixels, evaluation_settings(config))
+    packaging = replace(packaging, reference=following.values) if following else packaging
+    files = [[file.template, list(file.rewards), list(file.weights), file.share] for file in config.files]
+    # Only the first rank is sure to hold the files of a model from the hub.
+    fingerprint = all_gather([model_fingerprint(config.model)], world)[0]
+    origin = {"num_samples": len(data.training), "model": fingerprint, "files": files}
+    name, evaluated = next(iter(data.eval_sets.items()), ("", []))
+    keeper = CheckpointKeeper(out, policy, optimizers, config, world, packaging, origin, [name, len(evaluated)])
+    step = keeper.resume() if config.resume else 0
+    if following and step:
+        load_reference_values(keeper.directory / f"step-{step:06d}", policy, following.values, world)
+    return keeper, step

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from helpers import argv_of, assert_equal, full_disk, outcome, run_here
 
+import infra.keeper
 import infra.run
 import toy.model
 from infra import checkpoint as checkpoint_file
@@ -56,6 +57,29 @@ def test_the_link_to_the_best_is_made_where_a_run_died_before_it(checkpoint, sce
     assert (out / "best").resolve().name == "step-000001" and (out / "best").is_dir()
     state = json.loads((out / "checkpoints" / "step-000003" / "trainer.json").read_text())
     assert (state["best"], state["best_step"]) == (0.5, 1)
+
+
+def test_a_best_on_other_samples_is_no_bar(checkpoint, scenes, tmp_path, reward, monkeypatch, capsys):
+    out = tmp_path / "out"
+    score_so(monkeypatch, 0.1, 0.5, 0.3, 0.2)
+    run_here(argv_of(checkpoint, scenes, *reward, "--eval_every", "1", "--steps", "1"), out)
+    run_here(["--resume", str(out), "--steps", "2", "--eval_limit", "3"])
+    assert (out / "best").resolve().name == "step-000002"
+    assert "score is that of 3 samples of test now and was that of 6 samples of test: the" in capsys.readouterr().out
+    run_here(["--resume", str(out), "--steps", "3"])  # the options of the last resume hold
+    assert (out / "best").resolve().name == "step-000002"
+
+
+@pytest.mark.parametrize("name", ["sync_file", "remove_directory"])
+def test_a_disk_error_beside_the_save_is_a_warning(checkpoint, scenes, tmp_path, monkeypatch, capsys, name):
+    def fail(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(infra.keeper, name, fail)
+    more = ["--steps", "3", "--eval_every", "0", "--save_every", "1", "--keep_checkpoints", "1"]
+    run_here(argv_of(checkpoint, scenes, *more), tmp_path / "out")
+    assert "No space left on device" in capsys.readouterr().out
+    assert (tmp_path / "out" / "checkpoints" / "step-000003" / "trainer.json").exists()
 
 
 def test_a_directory_that_moves_keeps_its_best(checkpoint, scenes, tmp_path, monkeypatch):

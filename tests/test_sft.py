@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
-from helpers import ALONE, Recorder, make_run
+from helpers import ALONE, Recorder, make_run, set_rank, spawn
+from safetensors.torch import load_file
 
 import toy
 import toy.model
+import toy.scenes
 from data import Sample, read_samples
 from infra.config import SftConfig
 from infra.options import parse_options
@@ -115,3 +117,22 @@ def test_a_response_without_the_answer_is_refused(checkpoint):
 
 def test_the_default_rate_is_that_of_the_papers_sft_and_not_the_one_of_grpo(checkpoint):
     assert parse_options(SftConfig, ["--model", checkpoint, "--data", "d"]).learning_rate == 1e-5
+
+
+def sft_run(rank, port, argv):
+    set_rank(rank, 2, port)
+    main(parse_options(SftConfig, argv))
+
+
+def test_two_processes_of_which_one_has_no_image_train_as_one_does_under_a_frozen_tower(checkpoint, tmp_path):
+    toy.scenes.write_split(tmp_path, "train", 1, seed=3)
+    text = {"problem": "the red circle", "solution": "red"}
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(json.dumps(text) + "\n")
+    argv = ["--model", checkpoint, "--data", str(tmp_path / "train.jsonl"), "--template", "plain", "--eval_every", "0",
+            "--response", "<answer>{answer}</answer>", "--prompts_per_step", "2", "--steps", "2", "--freeze_vision",
+            "--min_pixels", "256", "--max_completion_tokens", "24", "--learning_rate", "1e-3"]  # fmt: skip
+    main(parse_options(SftConfig, [*argv, "--output_dir", str(tmp_path / "one")]))
+    spawn(sft_run, 2, [*argv, "--output_dir", str(tmp_path / "two")])
+    one, two = (load_file(tmp_path / name / "checkpoints/step-000002/model.safetensors") for name in ("one", "two"))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
