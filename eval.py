@@ -1,7 +1,8 @@
 """Evaluate a model: greedy answers, one summary per data file, and a row per sample if asked for.
 
 `python eval.py --model M --data F --image_root D` runs on all GPUs. A checkpoint of a run is evaluated under the
-template, pixels, length and seed of that run, unless told otherwise, so its log and this command print one number.
+template, pixels, length and seed of that run, unless told otherwise. So with the run's --eval_limit as --limit, this
+command prints the figures of the run's log.
 """
 
 import sys
@@ -31,7 +32,6 @@ from infra.terminal import evaluation_bar, hide_library_bars, summary_line
 from metrics.detection import OVDEVAL_GROUPS, ovdeval_overall
 from metrics.summary import compare, summarize
 from model.vlm import describe_processor, load_any
-from rewards import reads_boxes
 
 
 def main(config: EvalConfig) -> int:
@@ -63,7 +63,7 @@ def answer(config: EvalConfig, targets: Sequence[Target], world: World) -> dict[
         read_samples(
             target.file,
             target.image_root,
-            has_boxes=target.measure == "detection" or reads_boxes(target.measure),
+            has_boxes=target.has_boxes,
             allow_outside_root=config.allow_outside_root,
         )
         for target in targets

@@ -9,6 +9,7 @@ from infra.config import EvalConfig
 from infra.mix import DataFile, file_names, read_mix
 from infra.plugins import check_plugin
 from model.families import MAX_PIXELS, MIN_PIXELS
+from rewards import reads_boxes
 
 EVALUATION_FILE = "evaluation.json"  # in a checkpoint of a run
 
@@ -22,6 +23,12 @@ class Target:
     image_root: str
     template: str
     measure: str  # "detection", or the name of a reward
+    had_boxes: bool = False  # whether a bare list of four numbers was a box to the run, for a reward beside the measure
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether a bare list of four numbers in this file is a box."""
+        return self.had_boxes or self.measure == "detection" or reads_boxes(self.measure)
 
 
 def settle(config: EvalConfig) -> tuple[EvalConfig, list[Target]]:
@@ -42,7 +49,7 @@ def settle(config: EvalConfig) -> tuple[EvalConfig, list[Target]]:
     config = replace(config, **{name: saved.get(name, defaults[name]) for name in open_options})
     if config.max_pixels < config.min_pixels:
         raise ValueError(f"max_pixels {config.max_pixels} is below min_pixels {config.min_pixels}")
-    targets = targets_of_mix(config) if config.mix else targets_of_files(config, saved)
+    targets = (targets_of_mix if config.mix else targets_of_files)(config, saved)
     for target in targets:
         if target.measure != "detection":
             check_plugin(target.measure)
@@ -76,13 +83,14 @@ def targets_of_files(config: EvalConfig, saved: dict) -> list[Target]:
                 raise ValueError(
                     f"{name} is none of the run's files, {', '.join(known)}, which differ in {key}: give {option}"
                 )
-        targets.append(Target(name, path, config.image_root or str(Path(path).parent), **found))
+        had_boxes = known.get(name, {}).get("has_boxes", False)
+        targets.append(Target(name, path, config.image_root or str(Path(path).parent), **found, had_boxes=had_boxes))
     return targets
 
 
-def targets_of_mix(config: EvalConfig) -> list[Target]:
-    """The evaluation files of a mix, or a data file of it that has none."""
-    root = config.image_root
+def targets_of_mix(config: EvalConfig, saved: dict) -> list[Target]:
+    """The evaluation files of a mix, or a data file of it that has none; the run's file of the same name says how."""
+    root, known = config.image_root, saved.get("files", {})
     plain = DataFile("", "", root, config.template or "rec", ("iou",), (1.0,), eval_image_root=root)
     found = []
     for entry in read_mix(config.mix, plain):
@@ -91,7 +99,9 @@ def targets_of_mix(config: EvalConfig) -> list[Target]:
         for path in entry.eval_files:
             found.append((path, entry.eval_image_root or str(Path(path).parent), entry))
     names = file_names([path for path, _, _ in found])
-    return [
-        Target(name, path, root, entry.template, entry.measure)
-        for name, (path, root, entry) in zip(names, found, strict=True)
-    ]
+    targets = []
+    for name, (path, root, entry) in zip(names, found, strict=True):
+        run = {"template": entry.template, "measure": entry.measure, "has_boxes": entry.has_boxes} | known.get(name, {})
+        template = entry.template if config.template else run["template"]
+        targets.append(Target(name, path, root, template, run["measure"], run["has_boxes"]))
+    return targets

@@ -304,7 +304,10 @@ def say_overrides(samples: Sequence[Sample], config: RunConfig) -> None:
 def evaluation_settings(config: RunConfig) -> dict:
     """What the run evaluates under; eval.py reads it back from evaluation.json in a checkpoint."""
     names = ("template", "max_completion_tokens", "max_pixels", "min_pixels", "box_space", "eval_limit", "seed")
-    files = {name: {"template": file.template, "measure": file.measure} for name, file in config.evaluated.items()}
+    files = {
+        name: {"template": file.template, "measure": file.measure, "has_boxes": file.has_boxes}
+        for name, file in config.evaluated.items()
+    }
     return {name: getattr(config, name) for name in names} | {"files": files}
 
 

@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 
+import toy
 from infra.config import EvalConfig, TrainConfig
 from infra.mix import DataFile, file_names, read_mix
 from infra.options import parse_options
@@ -66,6 +68,20 @@ def test_evaluating_a_mix_looks_for_images_where_training_does(tmp_path):
         mix = write(tmp_path, entry | more)
         _, [target] = settle(parse_options(EvalConfig, ["--model", "m", "--mix", mix, *options]))
         assert target.image_root == root, (more, options)
+
+
+def test_a_checkpoint_is_evaluated_under_what_its_run_gave_to_each_file_of_the_mix(tmp_path):
+    saved = {"files": {"val": {"template": "base", "measure": "math", "has_boxes": True}}}
+    model = tmp_path / "m"
+    shutil.copytree(toy.MODEL, model)
+    (model / "evaluation.json").write_text(json.dumps(saved))
+    mix = write(tmp_path, {**A, "eval_file": "val.json"}, {**B, "eval_file": "w.json", "template": "plain"})
+    targets = settle(parse_options(EvalConfig, ["--model", str(model), "--mix", mix]))[1]
+    assert [(t.template, t.measure, t.has_boxes) for t in targets] == [("base", "math", True), ("plain", "iou", True)]
+    targets = settle(parse_options(EvalConfig, ["--model", str(model), "--mix", mix, "--template", "no_think"]))[1]
+    assert [target.template for target in targets] == ["no_think", "plain"]
+    targets = settle(parse_options(EvalConfig, ["--model", str(model), "--data", "val.json", "other.json"]))[1]
+    assert [(t.measure, t.has_boxes) for t in targets] == [("math", True), ("math", False)]
 
 
 def test_every_key_of_an_entry_is_read(tmp_path):
