@@ -171,16 +171,21 @@ def test_the_commands_in_the_docs_are_valid():
     [block] = [text for text in re.findall(r"```bash\n(.*?)```", DOCS, re.S) if "toy start" in text]
     script = f"python() {{ printf '%s\\t' \"$@\"; echo; }}\n{block}"  # prints the arguments as the shell cuts them
     shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
-    start, first, second, ship = (line.strip("\t").split("\t") for line in shown.splitlines())
+    start, *lines = (line.strip("\t").split("\t") for line in shown.splitlines())
     assert start == ["-m", "toy", "start", "start_data"]
-    # The models do not exist here, so the toy's own stands where they would.
-    options = [parse_options(SftConfig, [*argv[1:], "--model", str(toy.MODEL)]) for argv in (first, second)]
-    assert [config.steps for config in options] == [1200, 250]
-    made = [f"{config.output_dir}/checkpoints/step-{config.steps:06d}" for config in options]
-    assert second[second.index("--model") + 1] == made[0] and ship == ["-m", "toy", "ship", made[1]]
-    for config in options:
-        assert config.response == toy.RESPONSE
-        assert (config.min_pixels, config.max_pixels) == (toy.MIN_PIXELS, toy.MAX_PIXELS)
+    sizes = []
+    for first, second, ship in zip(*[iter(lines)] * 3, strict=True):
+        # The models do not exist here, so the toy's own stands where they would.
+        options = [parse_options(SftConfig, [*argv[1:], "--model", str(toy.MODEL)]) for argv in (first, second)]
+        made = [f"{config.output_dir}/checkpoints/step-{config.steps:06d}" for config in options]
+        size = ship[-1]
+        assert first[first.index("--model") + 1] == f"start_data/untrained/{size}"
+        assert second[second.index("--model") + 1] == made[0] and ship == ["-m", "toy", "ship", made[1], size]
+        for config in options:
+            assert config.response == toy.RESPONSE
+            assert (config.min_pixels, config.max_pixels) == (toy.MIN_PIXELS, toy.MAX_PIXELS)
+        sizes.append(size)
+    assert set(sizes) == set(toy.STARTS) == set(toy.WIDTHS)
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
@@ -217,15 +222,19 @@ def test_the_shipped_tokenizer_is_the_one_that_the_code_builds():
     assert json.loads(toy.model.build_tokenizer().backend_tokenizer.to_str()) == shipped
 
 
-def test_the_shipped_start_is_small_and_scores_what_the_docs_say(tmp_path):
-    size = sum(path.stat().st_size for path in toy.MODEL.iterdir())
-    assert size < 4e6
-    model, processor = load_model(str(toy.MODEL), min_pixels=256, max_pixels=256 * 256)
-    assert sum(p.numel() for p in model.parameters()) == 1_104_672
+@pytest.mark.parametrize("size", toy.STARTS)
+def test_a_shipped_start_has_the_parameters_and_the_score_that_the_docs_state(size, tmp_path):
+    model, processor = load_model(str(toy.STARTS[size]), min_pixels=256, max_pixels=256 * 256)
     samples = read_samples(toy.scenes.write_split(tmp_path, "test", 256, seed=2), tmp_path)
     protocol = Protocol("plain", "iou", max_completion_tokens=24, batch_size=64)
     ious = np.array([row["iou"] for row in answer_samples(model, processor, samples, ALONE, protocol)])
-    stated = re.search(r"start scores (0\.\d+) at IoU 0\.5 and a mean IoU of (0\.\d+)", " ".join(DOCS.split()))
-    assert np.mean(ious > 0.5) == pytest.approx(float(stated[1]), abs=0.006)
-    assert np.mean(ious) == pytest.approx(float(stated[2]), abs=0.006)
-    assert json.loads((toy.MODEL / "config.json").read_text())["dtype"] == "bfloat16"
+    [row] = [line.strip("|").split("|") for line in DOCS.splitlines() if line.startswith(f"| {size} ")]
+    _, parameters, width, _, accuracy, mean_iou = (cell.strip().replace(",", "") for cell in row)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    assert (num_parameters, toy.WIDTHS[size]) == (
+        int(parameters),
+        int(width),
+    ) and f"{num_parameters / 1e6:.1f}M" == size
+    assert np.mean(ious > 0.5) == pytest.approx(float(accuracy), abs=0.006)
+    assert np.mean(ious) == pytest.approx(float(mean_iou), abs=0.006)
+    assert json.loads((toy.STARTS[size] / "config.json").read_text())["dtype"] == "bfloat16"

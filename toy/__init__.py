@@ -7,7 +7,8 @@ template, a tokenizer, images and JSONL files in VLM-R1's format. So the toy tak
 `weights/` holds the start. SFT on loose boxes (every side pushed out by 5 to 45% of the object's size) taught it the
 format and where the object is, but not where its edges are. Imitating loose boxes cannot tighten them; a reward
 computed from the true box can. docs/toy.md tells the whole story. `detection/` holds a second start, which finds all
-objects of the classes that a question asks for, and lists too many of those that are not there.
+objects of the classes that a question asks for, and lists too many of those that are not there; `sizes/` holds starts
+of other widths.
 
 This file imports neither numpy nor torch, because the commands import it before they parse their options.
 """
@@ -20,6 +21,8 @@ MODEL = HOME / "weights"
 DATA = HOME / "data"
 FILES = {name: DATA / f"{name}.jsonl" for name in ("train", "test", "pairs", "relations")}
 DETECTION = HOME / "detection"
+WIDTHS = {"0.3M": 64, "1.1M": 128, "4.3M": 256}  # of the decoder, by the number of parameters
+STARTS = {"0.3M": HOME / "sizes" / "0.3M", "1.1M": MODEL, "4.3M": HOME / "sizes" / "4.3M"}
 DETECTION_FILES = {name: DATA / f"detection_{name}.jsonl" for name in ("train", "easy", "test")}
 RESPONSE = "<think>{question}</think><answer>{answer}</answer>"
 AT_ONCE = " at once"  # a detection question that ends so gets an answer with an empty thought

@@ -11,25 +11,27 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from model.vlm import load_model
-from toy import DETECTION, DETECTION_FILES, FILES, MAX_PIXELS, MIN_PIXELS, MODEL, ensure_data
+from toy import DETECTION, DETECTION_FILES, FILES, MAX_PIXELS, MIN_PIXELS, STARTS, WIDTHS, ensure_data
 from toy.model import build_model, build_processor, with_detection_tokens
 from toy.scenes import ClassRecipe, Recipe, write_detection_split, write_split
 
 USAGE = """\
-usage: python -m toy start DIRECTORY              write an untrained model, and scenes with true and with loose boxes
+usage: python -m toy start DIRECTORY              write untrained models, and scenes with true and with loose boxes
        python -m toy detect DIRECTORY CHECKPOINT  write a grounding model with more tokens, and scenes for detection
-       python -m toy ship CHECKPOINT              make a checkpoint the toy's start, in toy/weights/
-       python -m toy ship CHECKPOINT detection    make it the detection start, in toy/detection/"""
+       python -m toy ship CHECKPOINT NAME         make a checkpoint a start of the toy: 0.3M, 1.1M, 4.3M or detection"""
+
+SHIPPED = {**STARTS, "detection": DETECTION}
 
 
 def write_start(directory: Path) -> None:
-    """Writes what the start is made from: an untrained model, scenes with true boxes and scenes with loose ones."""
+    """Writes what starts are made from: untrained models of all sizes, scenes with true and with loose boxes."""
     ensure_data([str(FILES["test"])])  # sft.py evaluates on it
     write_split(directory, "true", 24000, seed=10, recipe=Recipe(relations=0.05, fewest=1, questions=4))
     write_split(directory, "loose", 6000, seed=11, recipe=Recipe(relations=0.05, fewest=1, questions=4, loose=True))
     processor = build_processor()
-    build_model(processor.tokenizer).save_pretrained(directory / "untrained")
-    processor.save_pretrained(directory / "untrained")
+    for size, width in WIDTHS.items():
+        build_model(processor.tokenizer, width=width).save_pretrained(directory / "untrained" / size)
+        processor.save_pretrained(directory / "untrained" / size)
 
 
 def write_detection_start(directory: Path, checkpoint: Path) -> None:
@@ -39,6 +41,7 @@ def write_detection_start(directory: Path, checkpoint: Path) -> None:
     crowded = replace(recipe, fewest=2, most=4)
     write_detection_split(directory, "crowded", 12000, seed=20, recipe=crowded)
     write_detection_split(directory, "true", 8000, seed=20, recipe=recipe)
+    write_detection_split(directory, "plenty", 24000, seed=22, recipe=replace(recipe, easy=0.3))
     write_detection_split(directory, "eager", 6000, seed=21, recipe=replace(recipe, easy=0.2, eager=True))
     processor = build_processor(detection=True)
     model, _ = load_checked(checkpoint)
@@ -46,7 +49,7 @@ def write_detection_start(directory: Path, checkpoint: Path) -> None:
     processor.save_pretrained(directory / "grounding")
 
 
-def ship(checkpoint: Path, directory: Path = MODEL) -> None:
+def ship(checkpoint: Path, directory: Path) -> None:
     """Writes a checkpoint as the start that the repository ships: in bf16, with nothing that loading does not need."""
     model, processor = load_checked(checkpoint, dtype=torch.bfloat16)
     model.save_pretrained(directory)
@@ -69,10 +72,8 @@ def main(argv: list[str]) -> None:
             write_start(Path(directory))
         case ["detect", directory, checkpoint]:
             write_detection_start(Path(directory), Path(checkpoint))
-        case ["ship", checkpoint]:
-            ship(Path(checkpoint))
-        case ["ship", checkpoint, "detection"]:
-            ship(Path(checkpoint), DETECTION)
+        case ["ship", checkpoint, name] if name in SHIPPED:
+            ship(Path(checkpoint), SHIPPED[name])
         case _:
             raise SystemExit(USAGE)
 

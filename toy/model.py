@@ -85,17 +85,22 @@ def build_processor(*, detection: bool = False) -> Qwen2_5_VLProcessor:
     return image_only(Qwen2_5_VLProcessor)(images, build_tokenizer(detection=detection), chat_template=CHAT_TEMPLATE)
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
-    """An untrained Qwen2.5-VL of 1.1 million parameters: 4 decoder layers of width 128, 2 vision blocks of width 96."""
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int = 0, width: int = 128
+) -> Qwen2_5_VLForConditionalGeneration:
+    """An untrained Qwen2.5-VL of 4 decoder layers and 2 vision blocks; of 1.1 million parameters at a width of 128.
+
+    Heads are 32 wide in the decoder and 24 in the tower whatever the width, which must be a multiple of 32.
+    """
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
-            "hidden_size": 128,
-            "intermediate_size": 256,
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
             "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
+            "num_attention_heads": width // 32,
+            "num_key_value_heads": width // 32,
             "max_position_embeddings": 4096,
             # Prompts are short: at a base of 10 a rotation takes 6 to 54 positions. A head of 32 has 16 rotations,
             # shared out to time, height and width.
@@ -107,14 +112,14 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2_5_VL
         },
         vision_config={
             "depth": 2,
-            "hidden_size": 96,
-            "num_heads": 4,
-            "intermediate_size": 192,
+            "hidden_size": width * 3 // 4,
+            "num_heads": width // 32,
+            "intermediate_size": width * 3 // 2,
             "patch_size": 8,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
             "window_size": SIDE,
-            "out_hidden_size": 128,
+            "out_hidden_size": width,
             "fullatt_block_indexes": [0, 1],
             "initializer_range": 0.05,
         },

@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 def run_finding(name: str, scope: Scope, home: Path, num_parallel: int) -> str:
     """Runs what is not done, writes NAME.svg and NAME.md, and returns the text of the latter."""
     finding = FINDINGS[name]
-    prepare(finding, home, scope)
+    prepare(finding, home)
     jobs = plan(finding, scope)
     run_jobs((job for seeds in jobs.values() for job in seeds), home, num_parallel, _say)
     figures = measure(finding, jobs, home)
@@ -106,8 +106,8 @@ def measure(finding: Finding, jobs: dict[str, list[Job]], home: Path) -> Figures
 
 def minutes_of(jobs: dict[str, list[Job]], home: Path) -> float:
     """How long all runs took, one after the other."""
-    parts = {part for seeds in jobs.values() for job in seeds for part in (job.start, job) if part}
-    marks = [json.loads((home / part.name / DONE).read_text(encoding="utf-8")) for part in parts]
+    runs = {job for seeds in jobs.values() for job in seeds}
+    marks = [json.loads((home / job.name / DONE).read_text(encoding="utf-8")) for job in runs]
     return sum(mark["seconds"] for mark in marks) / 60
 
 

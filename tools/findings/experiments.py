@@ -18,11 +18,7 @@ class Scope:
     sft_steps: int = 280  # take as long as curve_steps of RL, see docs/findings.md
     sft_points: int = 70
     limit: int = 0  # samples of each evaluation; 0 means all
-    detection_steps: int = 60
-    scenes: int = 8000  # that the starts of `scale` are made from, in two parts
-    first_steps: int = 300
-    second_steps: int = 60
-    warmup: int = 50
+    detection_steps: int = 100
 
     def fill(self, text: str) -> str:
         """The text with these numbers in their places."""
@@ -33,8 +29,7 @@ class Scope:
 
 FULL = Scope()
 QUICK = Scope(
-    seeds=(0, 1), steps=2, half=1, curve_steps=2, curve_points=1, sft_steps=4, sft_points=2, detection_steps=2, limit=8,
-    scenes=64, first_steps=2, second_steps=2, warmup=1
+    seeds=(0, 1), steps=2, half=1, curve_steps=2, curve_points=1, sft_steps=4, sft_points=2, detection_steps=2, limit=8
 )  # fmt: skip
 
 
@@ -45,7 +40,7 @@ class Arm:
     name: str
     options: str = ""
     command: str = "train"  # or "sft", or "" for the start itself
-    size: int = 0  # width of a model of its own; 0 is the shipped start
+    size: str = ""  # of the start, where it is not the toy's own: a name of toy.STARTS
     at_once: bool = False  # asks for an answer without a thought
 
 
@@ -190,7 +185,7 @@ DATA = Finding(
 SCALE = Finding(
     title="What RL adds at three sizes",
     options=PLAIN,
-    arms=(Arm("0.3M", size=64), Arm("1.1M", size=128), Arm("4.3M", size=256)),
+    arms=(Arm("0.3M", size="0.3M"), Arm("1.1M"), Arm("4.3M", size="4.3M")),
     columns=("test start", "test", "test gain", "pairs gain", "relations gain", "IoU", "seconds"),
     compared=("test", "test gain", "pairs gain"),
     base="1.1M",

@@ -27,25 +27,21 @@ DONE = "done.json"
 class Job:
     """Commands that run after each other in one directory; each is what stands after `python`.
 
-    {out} stands for the run's own directory, {start} for that of the run it starts from, {data} for that of the data.
+    {out} stands for the run's own directory, {data} for that of the data.
     """
 
     commands: tuple[str, ...]
-    start: "Job | None" = None  # is done first
-    keeps_weights: bool = False
 
     @property
     def name(self) -> str:
         """The name of the directory: the same for the same commands from the same start."""
-        text = json.dumps([*self.commands, self.start.name if self.start else ""])
+        text = json.dumps(self.commands)
         command = Path(shlex.split(self.commands[0])[0]).stem.strip("-")
         return f"{command}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
     def line(self, home: Path) -> str:
         """The line for a shell that runs the job under this home."""
         places = {"{out}": home / self.name, "{data}": home / "data"}
-        if self.start:
-            places["{start}"] = home / self.start.name
         words = []
         for command in self.commands:
             for mark, path in places.items():
@@ -61,8 +57,8 @@ def is_done(job: Job, home: Path) -> bool:
 
 
 def run_jobs(jobs: Iterable[Job], home: Path, num_parallel: int, say: Callable[[str], None] = print) -> None:
-    """Runs the jobs that are not done, those that others start from first; if one fails or Ctrl-C comes, all end."""
-    wanted = list(dict.fromkeys(part for job in jobs for part in (job.start, job) if part))
+    """Runs the jobs that are not done; if one fails or Ctrl-C comes, all end."""
+    wanted = list(dict.fromkeys(jobs))
     waiting = [job for job in wanted if not is_done(job, home)]
     if len(wanted) > len(waiting):
         say(f"{len(wanted) - len(waiting)} of {len(wanted)} runs are done already")
@@ -71,11 +67,8 @@ def run_jobs(jobs: Iterable[Job], home: Path, num_parallel: int, say: Callable[[
     live = _Live(home, total=len(waiting))
     try:
         while waiting or live.running:
-            free = num_parallel - len(live.running)
-            ready = [job for job in waiting if not job.start or is_done(job.start, home)][:free]
-            for job in ready:
-                waiting.remove(job)
-                live.begin(job)
+            while waiting and len(live.running) < num_parallel:
+                live.begin(waiting.pop(0))
             for job in live.collect():
                 left = live.time_left(len(waiting), num_parallel)
                 say(f"{live.total - len(waiting) - len(live.running)}/{live.total} runs  {left}  {job.name}")
@@ -124,9 +117,8 @@ class _Live:
                     f"a run failed with code {process.returncode}: {job.line(self.home)}\n{tail}\nsee {log}"
                 )
             self.seconds.append(time.monotonic() - began)
-            if not job.keeps_weights:
-                (out / "best").unlink(missing_ok=True)
-                shutil.rmtree(out / "checkpoints", ignore_errors=True)
+            (out / "best").unlink(missing_ok=True)
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
             mark = {"line": job.line(self.home), "seconds": self.seconds[-1]}
             (out / DONE).write_text(json.dumps(mark), encoding="utf-8")
         return ended
