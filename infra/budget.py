@@ -101,7 +101,11 @@ def tokens_of(row: Row) -> int:
 
 
 def row_budget(model: nn.Module, world: World, config: RunConfig, *, reference: bool) -> RowBudget:
-    """The budget that a run begins with; a resumed run finds its own again, since it may have other GPUs."""
+    """The budget that a run begins with, resumed or not.
+
+    The rows that a run had found before a resume are not taken over: with fewer GPUs or without gradient checkpointing
+    they might not fit, at this resume and at each one after it.
+    """
     if config.row_tokens != "auto":
         return RowBudget(config.row_tokens, world)
     if world.device.type != "cuda":

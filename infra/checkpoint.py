@@ -68,7 +68,7 @@ def save_checkpoint(
     with _all_or_none(world, partial):
         if world.first:
             for left in directory.parent.glob(".*.partial"):  # of a run that died while saving
-                shutil.rmtree(left)
+                shutil.rmtree(left, ignore_errors=True)  # on NFS a file that somebody reads keeps its directory
             partial.mkdir(parents=True)
     adapters = bool(adapted_layers(model))
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters)

@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 from infra.checkpoint import (
     Packaging,
     SaveFailed,
+    load_reference_values,
     load_training_state,
     remove_directory,
     save_checkpoint,
@@ -34,7 +35,7 @@ class CheckpointKeeper:
     world: World
     packaging: Packaging
     origin: dict  # what must be the same when the run is resumed, though its paths may have changed
-    best_on: list  # the evaluation set that a score is measured on, and its number of samples
+    best_on: str  # the evaluation samples that a score is measured on, in words
     best: float | None = None  # headline figure of the best model so far, the untrained one included
     best_step: int | None = None  # the checkpoint that OUT/best points at
     num_failed: int = field(default=0, init=False)  # failed saves in a row
@@ -117,12 +118,15 @@ class CheckpointKeeper:
                 )
         self.best, self.best_step = state["best"], state["best_step"]
         if (before := state.get("best_on", self.best_on)) != self.best_on:  # the scores say nothing about each other
-            self.best = None  # so the next evaluation is the best so far
+            self.best = None
             if self.world.first:
-                was, now = (f"{size} samples of {name}" for name, size in (before, self.best_on))
-                say(f"the score is that of {now} now and was that of {was}: the best is looked for afresh")
+                told = f"the score is now that of {self.best_on} and was that of {before}"
+                say(f"{told}: the next one is the best so far")
+        if self.packaging.reference:
+            load_reference_values(found[-1], self.model, self.packaging.reference, self.world)
         if self.world.first:
-            self._link_best()  # the run may have died between the checkpoint and its link
+            with warned_of_disk_errors():
+                self._link_best()  # the run may have died between the checkpoint and its link
         return state["step"]
 
 

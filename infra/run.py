@@ -1,5 +1,6 @@
 """One object that holds what a training run is; train.py and sft.py spell out a step each and leave the rest to it."""
 
+import hashlib
 import itertools
 import math
 import os
@@ -19,7 +20,7 @@ from transformers import ProcessorMixin
 
 from data import Sample
 from infra.budget import RowBudget, out_of_memory, row_budget
-from infra.checkpoint import Packaging, load_reference_values
+from infra.checkpoint import Packaging
 from infra.config import RunConfig
 from infra.estimate import must_draw_sharded
 from infra.evaluation import Protocol, answer_samples, handle_reward_errors
@@ -243,7 +244,8 @@ class Run:
             log.say("\n".join(["", *table, ""]))
         log.say(f"time: {time_line(log.terminal)}")
         if best is not None:
-            log.say(f"best: step {best}, score {score:.4f}: {out / 'best'}")
+            told = "no score yet on what is evaluated now" if score is None else f"score {score:.4f}"
+            log.say(f"best: step {best}, {told}: {out / 'best'}")
         elif score is not None:
             log.say(f"no checkpoint beats the model that the run began with, which scores {score:.4f}")
         log.say(f"checkpoints: {self.keeper.directory}")
@@ -314,88 +316,100 @@ def evaluation_settings(config: RunConfig) -> dict:
 @contextmanager
 def start_run(config: RunConfig) -> Iterator[Run]:
     """Checks the data, loads the model, restores a checkpoint if the run is resumed; yields the run."""
-    began, dtype = time.monotonic(), compute_dtype(config.dtype)
+    began = time.monotonic()
     GRAPHS.usable = config.cuda_graphs == "auto"
     if not in_terminal():
         hide_library_bars()
-    with process_group(bf16=dtype == torch.bfloat16, shard_within_node=config.shard_within_node) as world:
-        out = open_run(config, world)
-        data = load_run_samples(config, world)
-        samples = data.training
-        num_steps = total_steps(config, len(samples))
-        policy, processor = load_policy(config, world)
-        check_special_tokens(processor, [*samples, *itertools.chain.from_iterable(data.eval_sets.values())])
-        if world.first:
-            say_overrides(samples, config)
-        second = getattr(config, "needs_reference_model", False)
-        world = replace(world, draw_sharded=must_draw_sharded(config, policy, world, reference=second))
-        every = getattr(config, "ref_every", 0)
-        reference = load_reference(config, world) if second and not every else None
-        following = FollowingReference(policy, every, dtype) if every else None
-        optimizers = make_optimizers(policy, config)
-        keeper, step = open_keeper(config, out, policy, optimizers, following, data, world)
-        log = RunLog(out, config, world, step, num_steps)
-        sizes = [sum(p.numel() for p in group) for group in (dict(trainable(policy)).values(), policy.parameters())]
-        log.say("\n".join(header(config, out, len(samples), sizes, num_steps)))
-        run = Run(
-            config=config,
-            world=world,
-            out=out,
-            policy=policy,
-            processor=processor,
-            reference=reference,
-            following=following,
-            optimizers=optimizers,
-            feed=PromptFeed(samples, processor, config, world, out / "bad_samples.jsonl", step),
-            eval_sets=data.eval_sets,
-            keeper=keeper,
-            log=log,
-            stop=StopSignal(config.max_hours, began, says=world.first),
-            num_steps=num_steps,
-            step=step,
-            eos_ids=eos_token_ids(policy, processor),
-            banned_ids=banned_token_ids(policy, processor),
-            blank=blank_of(config, policy, processor, world),
-        )
+    bf16 = compute_dtype(config.dtype) == torch.bfloat16
+    with process_group(bf16=bf16, shard_within_node=config.shard_within_node) as world:
+        run = build_run(config, world, began)
         hide_library_bars()  # a save would draw one
         try:
             yield run
         except torch.OutOfMemoryError as error:
-            tokens = run.budget.tokens
-            raise ValueError(out_of_memory(policy, world, config, reference=second, tokens=tokens)) from error
+            second, tokens = getattr(config, "needs_reference_model", False), run.budget.tokens
+            told = out_of_memory(run.policy, run.world, config, reference=second, tokens=tokens)
+            raise ValueError(told) from error
         finally:
-            log.terminal.close()  # an error is told on a line of its own
+            run.log.terminal.close()  # an error is told on a line of its own
+
+
+def build_run(config: RunConfig, world: World, began: float) -> Run:
+    """The run as it goes on from its newest checkpoint, or from the start; `began` is when its time began to count."""
+    out, data = open_run(config, world), load_run_samples(config, world)
+    num_steps = total_steps(config, len(data.training))
+    policy, processor = load_policy(config, world)
+    check_special_tokens(processor, [*data.training, *itertools.chain.from_iterable(data.eval_sets.values())])
+    if world.first:
+        say_overrides(data.training, config)
+    second = getattr(config, "needs_reference_model", False)
+    world = replace(world, draw_sharded=must_draw_sharded(config, policy, world, reference=second))
+    reference, following = load_references(config, policy, world)
+    optimizers, packaging = make_optimizers(policy, config), packaging_of(config, following)
+    origin, evaluated = origin_of(config, data, world), describe_evaluation(data)
+    keeper = CheckpointKeeper(out, policy, optimizers, config, world, packaging, origin, evaluated)
+    step = keeper.resume() if config.resume else 0
+    log = RunLog(out, config, world, step, num_steps)
+    sizes = [sum(p.numel() for p in group) for group in (dict(trainable(policy)).values(), policy.parameters())]
+    log.say("\n".join(header(config, out, len(data.training), sizes, num_steps)))
+    return Run(
+        config=config,
+        world=world,
+        out=out,
+        policy=policy,
+        processor=processor,
+        reference=reference,
+        following=following,
+        optimizers=optimizers,
+        feed=PromptFeed(data.training, processor, config, world, out / "bad_samples.jsonl", step),
+        eval_sets=data.eval_sets,
+        keeper=keeper,
+        log=log,
+        stop=StopSignal(config.max_hours, began, says=world.first),
+        num_steps=num_steps,
+        step=step,
+        eos_ids=eos_token_ids(policy, processor),
+        banned_ids=banned_token_ids(policy, processor),
+        blank=blank_of(config, policy, processor, world),
+    )
+
+
+def load_references(
+    config: RunConfig, policy: nn.Module, world: World
+) -> tuple[nn.Module | None, FollowingReference | None]:
+    """The reference that is a second model and the one that follows the policy: at most one of them is there."""
+    if every := getattr(config, "ref_every", 0):
+        return None, FollowingReference(policy, every, compute_dtype(config.dtype))
+    return (load_reference(config, world) if getattr(config, "needs_reference_model", False) else None), None
+
+
+def packaging_of(config: RunConfig, following: FollowingReference | None) -> Packaging:
+    """What each checkpoint holds besides the policy and the optimizers."""
+    pixels = (config.min_pixels, config.max_pixels)
+    values = following.values if following else {}
+    return Packaging(config.model, compute_dtype(config.dtype), pixels, evaluation_settings(config), values)
+
+
+def origin_of(config: RunConfig, data: RunSamples, world: World) -> dict:
+    """What must be the same when the run is resumed."""
+    files = [[file.template, list(file.rewards), list(file.weights), file.share] for file in config.files]
+    # Only the first rank is sure to hold the weights of a model from the hub: the others start empty.
+    fingerprint = all_gather([model_fingerprint(config.model)], world)[0]
+    return {"num_samples": len(data.training), "model": fingerprint, "files": files}
+
+
+def describe_evaluation(data: RunSamples) -> str:
+    """What the headline figure is measured on, in words that change with the samples and not with their place."""
+    name, samples = next(iter(data.eval_sets.items()), ("nothing", []))
+    digest = hashlib.sha256(repr([(sample.question, sample.answer) for sample in samples]).encode())
+    return f"{len(samples)} samples of {name} ({digest.hexdigest()[:8]})"
 
 
 def blank_of(config: RunConfig, policy: nn.Module, processor: ProcessorMixin, world: World) -> Prompt:
     """The small image for rows without one: with the same kind of inputs as the prompts that a step learns from."""
     blank = blank_prompt(processor)
-    if hasattr(config, "group_size") and tower_is_frozen(policy):  # train.draw puts features in place of pixels
+    # Only train.draw, which a config with a group_size means, puts image features in place of the prompts' pixels.
+    if hasattr(config, "group_size") and tower_is_frozen(policy):
         with drawing(policy, world):
             blank = replace(blank, inputs=see_images(policy, blank))
     return blank
-
-
-def open_keeper(
-    config: RunConfig,
-    out: Path,
-    policy: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    following: FollowingReference | None,
-    data: RunSamples,
-    world: World,
-) -> tuple[CheckpointKeeper, int]:
-    """What keeps the run's checkpoints, and the step that it goes on from, where a resumed run is restored."""
-    pixels = (config.min_pixels, config.max_pixels)
-    packaging = Packaging(config.model, compute_dtype(config.dtype), pixels, evaluation_settings(config))
-    packaging = replace(packaging, reference=following.values) if following else packaging
-    files = [[file.template, list(file.rewards), list(file.weights), file.share] for file in config.files]
-    # Only the first rank is sure to hold the files of a model from the hub.
-    fingerprint = all_gather([model_fingerprint(config.model)], world)[0]
-    origin = {"num_samples": len(data.training), "model": fingerprint, "files": files}
-    name, evaluated = next(iter(data.eval_sets.items()), ("", []))
-    keeper = CheckpointKeeper(out, policy, optimizers, config, world, packaging, origin, [name, len(evaluated)])
-    step = keeper.resume() if config.resume else 0
-    if following and step:
-        load_reference_values(keeper.directory / f"step-{step:06d}", policy, following.values, world)
-    return keeper, step

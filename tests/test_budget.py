@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ALONE, CONFIG, make_model
+from helpers import ALONE, CONFIG, make_model, make_run
 
 from infra import budget
 from infra.budget import LEAST, ON_CPU, RowBudget, estimated_gb, out_of_memory, row_budget, safe_row, tokens_of
+from infra.runlog import append_rows
 
 GB = 10**9
 
@@ -99,20 +100,19 @@ def test_a_row_keeps_within_its_bounds():
 
 def test_the_option_decides_and_a_cpu_keeps_its_default():
     model, _ = make_model()
-    options = {"reference": False, "last": None}
-    assert row_budget(model, ALONE, replace(CONFIG, row_tokens=500), **options).choose() == 500
-    assert row_budget(model, ALONE, replace(CONFIG, row_tokens="auto"), **options).choose() == ON_CPU
+    assert row_budget(model, ALONE, replace(CONFIG, row_tokens=500), reference=False).choose() == 500
+    assert row_budget(model, ALONE, replace(CONFIG, row_tokens="auto"), reference=False).choose() == ON_CPU
 
 
-def test_the_first_row_on_a_gpu_is_the_last_of_the_run_that_is_resumed_or_safe(monkeypatch):
-    model, _ = make_model()
-    gpu = replace(ALONE, device=torch.device("cuda"))
+def test_the_first_row_on_a_gpu_is_safe_whatever_a_run_took_before_it_was_resumed(monkeypatch, tmp_path):
+    model, processor = make_model()
+    gpu, config = replace(ALONE, device=torch.device("cuda")), replace(CONFIG, row_tokens="auto")
     monkeypatch.setattr(budget, "DeviceMemory", lambda device: Card(80 * GB, 1))
-    config = replace(CONFIG, row_tokens="auto")
-    resumed = row_budget(model, gpu, config, reference=False, last=3000.0)
-    assert resumed.choose() == 3000
+    append_rows(tmp_path / "metrics.jsonl", [{"step": 1, "row_tokens": 60_000.0, "skipped_updates": 0.0}])
+    run = make_run(model, processor, ALONE, [])
+    resumed = replace(run, out=tmp_path, config=config, world=gpu).budget
+    assert resumed.choose() == ON_CPU
     assert resumed.gradients == sum(4 * p.numel() for p in model.parameters())
-    assert row_budget(model, gpu, config, reference=False, last=None).choose() == ON_CPU
 
 
 def test_a_safe_row_fills_six_tenths_by_the_estimate():

@@ -1,17 +1,22 @@
 """infra/keeper.py: which checkpoints are kept, the link to the best, failed saves, and what a run resumes on."""
 
+import errno
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import argv_of, assert_equal, full_disk, outcome, run_here
+from helpers import argv_of, assert_equal, full_disk, outcome, run_here, set_rank, spawn
 
-import infra.keeper
 import infra.run
 import toy.model
+from data import Sample
 from infra import checkpoint as checkpoint_file
 from infra.keeper import model_fingerprint
+from infra.prompts import RunSamples
+from infra.run import describe_evaluation
 
 
 def score_so(monkeypatch, *scores):
@@ -65,21 +70,56 @@ def test_a_best_on_other_samples_is_no_bar(checkpoint, scenes, tmp_path, reward,
     run_here(argv_of(checkpoint, scenes, *reward, "--eval_every", "1", "--steps", "1"), out)
     run_here(["--resume", str(out), "--steps", "2", "--eval_limit", "3"])
     assert (out / "best").resolve().name == "step-000002"
-    assert "score is that of 3 samples of test now and was that of 6 samples of test: the" in capsys.readouterr().out
+    told = r"score is now that of 3 samples of test \(\w{8}\) and was that of 6 samples of test \(\w{8}\): the next"
+    assert re.search(told, capsys.readouterr().out)
     run_here(["--resume", str(out), "--steps", "3"])  # the options of the last resume hold
     assert (out / "best").resolve().name == "step-000002"
+    assert "score is now" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["sync_file", "remove_directory"])
+def test_a_file_of_the_same_name_and_size_elsewhere_is_another_set_and_a_moved_one_is_not():
+    first, other = (Sample("1", "q", answer, (), "", False, "a/test.jsonl:1") for answer in ("red", "blue"))
+    moved = replace(first, source="b/test.jsonl:1", root="/b")
+    words = [describe_evaluation(RunSamples([], {"test": [sample]}, {})) for sample in (first, other, moved)]
+    assert words[0] == words[2] != words[1]
+
+
+def test_a_run_that_ends_before_the_new_samples_are_scored_still_names_its_best(
+    checkpoint, scenes, tmp_path, reward, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    score_so(monkeypatch, 0.1, 0.5)
+    run_here(argv_of(checkpoint, scenes, *reward, "--eval_every", "1", "--steps", "1"), out)
+    run_here(["--resume", str(out), "--steps", "2", "--eval_limit", "3", "--eval_every", "0"])
+    assert f"best: step 1, no score yet on what is evaluated now: {out / 'best'}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sync_file", "remove_directory", "CheckpointKeeper._link_best"])
 def test_a_disk_error_beside_the_save_is_a_warning(checkpoint, scenes, tmp_path, monkeypatch, capsys, name):
     def fail(path):
-        raise OSError(28, "No space left on device", str(path))
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(infra.keeper, name, fail)
+    monkeypatch.setattr(f"infra.keeper.{name}", fail)
     more = ["--steps", "3", "--eval_every", "0", "--save_every", "1", "--keep_checkpoints", "1"]
     run_here(argv_of(checkpoint, scenes, *more), tmp_path / "out")
-    assert "No space left on device" in capsys.readouterr().out
-    assert (tmp_path / "out" / "checkpoints" / "step-000003" / "trainer.json").exists()
+    run_here(["--resume", str(tmp_path / "out"), "--steps", "4"])
+    assert "No space left on device. The run goes on" in capsys.readouterr().out
+    assert (tmp_path / "out" / "checkpoints" / "step-000004" / "trainer.json").exists()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_stop_the_saves(
+    checkpoint, scenes, tmp_path, monkeypatch, capsys
+):
+    def in_use(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(checkpoint_file.shutil, "rmtree", in_use)
+    more = ["--steps", "4", "--eval_every", "0", "--save_every", "1", "--keep_checkpoints", "1"]
+    run_here(argv_of(checkpoint, scenes, *more), tmp_path / "out")
+    text = capsys.readouterr().out
+    assert text.count("Directory not empty") == 3 and "could not be saved" not in text
+    assert saved(tmp_path / "out")[-1] == "step-000004"
 
 
 def test_a_directory_that_moves_keeps_its_best(checkpoint, scenes, tmp_path, monkeypatch):
@@ -153,6 +193,20 @@ def test_a_run_on_other_data_or_another_model_is_not_a_resumed_one(checkpoint, s
         run_here(["--resume", str(out), "--steps", "2", "--data", str(scenes / "test.jsonl")])
     shutil.copytree(checkpoint, tmp_path / "moved")  # the same weights elsewhere are the same model
     run_here(["--resume", str(out), "--steps", "2", "--model", str(tmp_path / "moved")])
+
+
+def run_on_a_node_without_the_weights(rank, port, argv):
+    """One of two processes, the second of which has no weights files in its cache."""
+    set_rank(rank, 2, port)
+    if rank == 1:
+        infra.run.model_fingerprint = lambda name: "0123456789abcdef"
+    run_here(argv)
+
+
+def test_a_resume_needs_the_weights_files_on_the_first_rank_alone(checkpoint, scenes, tmp_path, reward):
+    run_here(argv_of(checkpoint, scenes, *reward, "--steps", "1", "--eval_every", "0"), tmp_path / "out")
+    spawn(run_on_a_node_without_the_weights, 2, ["--resume", str(tmp_path / "out"), "--steps", "2"])
+    assert saved(tmp_path / "out")[-1] == "step-000002"
 
 
 def test_a_fingerprint_changes_with_the_weights_and_not_with_what_lies_beside_them(checkpoint, tmp_path):
