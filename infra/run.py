@@ -408,7 +408,7 @@ def describe_evaluation(data: RunSamples) -> str:
 def blank_of(config: RunConfig, policy: nn.Module, processor: ProcessorMixin, world: World) -> Prompt:
     """The small image for rows without one: with the same kind of inputs as the prompts that a step learns from."""
     blank = blank_prompt(processor)
-    # Only train.draw, which a config with a group_size means, puts image features in place of the prompts' pixels.
+    # Only train.py has a group_size; its draw puts image features in place of the prompts' pixels.
     if hasattr(config, "group_size") and tower_is_frozen(policy):
         with drawing(policy, world):
             blank = replace(blank, inputs=see_images(policy, blank))

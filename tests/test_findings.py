@@ -140,7 +140,7 @@ def test_heavy_files_go(tmp_path):
     line = "-c \"import os; os.makedirs('{out}/checkpoints/step-1'); os.symlink('checkpoints/step-1', '{out}/best')\""
     job = Job((line,))
     run_jobs([job], tmp_path, 2, lambda text: None)
-    assert [path.name for path in (tmp_path / job.name).iterdir()] == ["log.txt", DONE]
+    assert {path.name for path in (tmp_path / job.name).iterdir()} == {"log.txt", DONE}
 
 
 def test_a_failed_run_names_its_log_and_ends_the_others(tmp_path):

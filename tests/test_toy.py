@@ -173,7 +173,7 @@ def test_the_commands_in_the_docs_are_valid():
     shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
     start, *lines = (line.strip("\t").split("\t") for line in shown.splitlines())
     assert start == ["-m", "toy", "start", "start_data"]
-    sizes = []
+    steps = {}
     for first, second, ship in zip(*[iter(lines)] * 3, strict=True):
         # The models do not exist here, so the toy's own stands where they would.
         options = [parse_options(SftConfig, [*argv[1:], "--model", str(toy.MODEL)]) for argv in (first, second)]
@@ -184,8 +184,8 @@ def test_the_commands_in_the_docs_are_valid():
         for config in options:
             assert config.response == toy.RESPONSE
             assert (config.min_pixels, config.max_pixels) == (toy.MIN_PIXELS, toy.MAX_PIXELS)
-        sizes.append(size)
-    assert set(sizes) == set(toy.STARTS) == set(toy.WIDTHS)
+        steps[size] = [config.steps for config in options]
+    assert steps.keys() == toy.STARTS.keys() == toy.WIDTHS.keys() and steps["1.1M"] == [1200, 250]
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
@@ -231,10 +231,9 @@ def test_a_shipped_start_has_the_parameters_and_the_score_that_the_docs_state(si
     [row] = [line.strip("|").split("|") for line in DOCS.splitlines() if line.startswith(f"| {size} ")]
     _, parameters, width, _, accuracy, mean_iou = (cell.strip().replace(",", "") for cell in row)
     num_parameters = sum(p.numel() for p in model.parameters())
-    assert (num_parameters, toy.WIDTHS[size]) == (
-        int(parameters),
-        int(width),
-    ) and f"{num_parameters / 1e6:.1f}M" == size
+    assert (num_parameters, toy.WIDTHS[size]) == (int(parameters), int(width))
+    assert f"{num_parameters / 1e6:.1f}M" == size
+    assert sum(path.stat().st_size for path in toy.STARTS[size].iterdir()) < 3.6 * num_parameters
     assert np.mean(ious > 0.5) == pytest.approx(float(accuracy), abs=0.006)
     assert np.mean(ious) == pytest.approx(float(mean_iou), abs=0.006)
     assert json.loads((toy.STARTS[size] / "config.json").read_text())["dtype"] == "bfloat16"

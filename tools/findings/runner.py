@@ -34,7 +34,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The name of the directory: the same for the same commands from the same start."""
+        """The name of the directory: the same for the same commands."""
         text = json.dumps(self.commands)
         command = Path(shlex.split(self.commands[0])[0]).stem.strip("-")
         return f"{command}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
